@@ -1,0 +1,74 @@
+"""The command line: flags from the fields of ``RunConfig``, and errors a user can act on."""
+
+import contextlib
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from rnnjax.configuration import CHOICES, RunConfig
+
+_DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+
+
+def define_config_flags(*names: str, **defaults: Any) -> None:
+    """Defines a flag for each field of ``RunConfig`` named, with the field's description as its help.
+
+    Args:
+      *names: fields of ``RunConfig``; all of them by default.
+      **defaults: defaults that differ from the field's own.
+    """
+    descriptions, kinds = _descriptions(), typing.get_type_hints(RunConfig)
+    for field in dataclasses.fields(RunConfig):
+        if names and field.name not in names:
+            continue
+        default, text = defaults.get(field.name, field.default), descriptions[field.name]
+        if field.name in CHOICES:
+            flags.DEFINE_enum(field.name, default, CHOICES[field.name], text)
+        else:
+            kind, *_ = typing.get_args(kinds[field.name]) or (kinds[field.name],)  # int of int | None
+            _DEFINERS[kind](field.name, default, text)
+
+
+def define_workdir_flags(default: str) -> None:
+    """Defines where results go."""
+    flags.DEFINE_string("workdir", default, "directory for the results; must not exist yet, or be empty")
+    flags.DEFINE_boolean("tensorboard", False, "write the metrics for TensorBoard too")
+
+
+def config_from_flags(**settings: Any) -> RunConfig:
+    """Returns the configuration that the command line asks for, with ``settings`` on top."""
+    names = [field.name for field in dataclasses.fields(RunConfig) if field.name in flags.FLAGS]
+    given = {name: flags.FLAGS[name].value for name in names}
+    return RunConfig(**{**given, **settings})
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a ValueError about what the user asked for into one line and exit status 2."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        sys.exit(_fail(str(error)))
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
+def _descriptions() -> dict[str, str]:
+    """Returns what the docstring of ``RunConfig`` says of each field."""
+    text = inspect.getdoc(RunConfig).split("Attributes:\n")[1]
+    return {name: " ".join(words.split()) for name, words in re.findall(r"^  (\w+): (.+(?:\n    .+)*)", text, re.M)}
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """Raises ValueError if the command line has words that are not flags, which absl would pass over."""
+    if len(argv) > 1:
+        raise ValueError(f"settings are given as --name=value, got {' '.join(argv[1:])!r}")

@@ -1,0 +1,156 @@
+"""One monitored training run, from configuration to files: what all experiments share."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rnnjax.clipping import clipping_state
+from rnnjax.configuration import RunConfig
+from rnnjax.diagnosis import classify_regime
+from rnnjax.metrics import MetricsWriter, read_metrics
+from rnnjax.models import RecurrentNetwork, layer_views
+from rnnjax.monitor import stacked
+from rnnjax.singular_values import spectral_profile
+from rnnjax.tasks import Task
+from rnnjax.train import FitResult, fit
+from rnnjax.typing import Array
+from rnnjax.workdir import Workdir
+
+_NUM_LAGS = 12
+_PROFILE_SEQUENCES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished, or interrupted, run.
+
+    Attributes:
+      row: its line of the table.
+      interrupted: whether Ctrl-C ended it.
+    """
+
+    row: dict[str, Any]
+    interrupted: bool
+
+
+def train_and_record(name: str, config: RunConfig, path: Path, *, tensorboard: bool = False) -> Run:
+    """Trains one configuration and writes all its results to a directory of its own.
+
+    Args:
+      name: what the run is called in progress bar and table.
+      config: the configuration.
+      path: the run's directory, which must not hold anything yet.
+      tensorboard: write the metrics for TensorBoard too.
+
+    Returns:
+      The ``Run``.
+    """
+    workdir = Workdir.create(path)
+    workdir.write_config(config, name=name)
+    task = config.make_task()
+    network = config.make_network(task)
+    began = time.monotonic()
+    with MetricsWriter(workdir.path, tensorboard=tensorboard) as metrics, _progress() as progress:
+        bar = progress.add_task(name, total=config.steps, numbers="compiling")
+
+        def report(step: int, row: dict[str, Any]) -> None:
+            progress.update(bar, completed=step + 1, numbers=_numbers(row))
+
+        result = fit(
+            network,
+            task,
+            config.make_optimizer(),
+            config.fit_settings(),
+            monitor=config.make_monitor(),
+            metrics=metrics,
+            on_step=report,
+        )
+    _save(workdir, config, task, network, result)
+    return Run(_row(name, result, task, time.monotonic() - began), result.interrupted)
+
+
+def load_run(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a run as the figures take them."""
+    workdir = Workdir(path)
+    rows = read_metrics(path / "metrics.jsonl")
+    evaluated = [row for row in rows if "held_out_accuracy" in row]
+    arrays = {
+        "metric_step": np.array([row["step"] for row in rows]),
+        "evaluation_step": np.array([row["step"] + 1 for row in evaluated]),
+        "evaluation_accuracy": np.array([row["held_out_accuracy"] for row in evaluated]),
+    }
+    for key in ("loss", "gradient_norm", "gradient_norm_clipped"):
+        arrays[key] = np.array([row[key] for row in rows], np.float64)
+    for file in path.glob("*.npz"):
+        arrays |= workdir.load_arrays(file.stem)
+    return arrays
+
+
+def _save(workdir: Workdir, config: RunConfig, task: Task, network: RecurrentNetwork, result: FitResult) -> None:
+    """Writes what the monitor saw and all singular values against lag, before and after training."""
+    if not result.readings:
+        return
+    workdir.save_arrays("monitor", steps=np.array(result.reading_steps), **stacked(result.readings))
+    graph, initial = nnx.split(network)
+    inputs = task.batch(config.seed, 0, config.batch_size).inputs[:, :_PROFILE_SEQUENCES]
+    lags = _spread_lags(task.sequence_length)
+    profiles = {
+        "profile_lags": lags,
+        "profile_initial": _profile(graph, initial, inputs, lags),
+        "profile_final": _profile(graph, result.state.params, inputs, lags),
+    }
+    workdir.save_arrays("profiles", **profiles)
+
+
+def _profile(graph: nnx.GraphDef, params: nnx.State, inputs: Array, lags: np.ndarray) -> np.ndarray:
+    layers = layer_views(graph, params, inputs)
+    profiles = [spectral_profile(layer.cell, layer.params, layer.inputs, lags=lags.tolist()) for layer in layers]
+    return np.asarray(jnp.stack([profile.log_singular_values for profile in profiles]))
+
+
+def _spread_lags(num_steps: int) -> np.ndarray:
+    return np.unique(np.round(np.geomspace(1, num_steps, _NUM_LAGS)).astype(int))
+
+
+def _row(name: str, result: FitResult, task: Task, seconds: float) -> dict[str, Any]:
+    clipping = clipping_state(result.state.opt_state)
+    row: dict[str, Any] = {"network": name}
+    if result.readings:
+        norms = result.readings[-1].log_spectral_norms[-1]
+        regime = classify_regime(norms[-1], len(norms))
+        row |= {
+            "regime": regime.name,
+            "exponent [nats/step]": regime.exponent,
+            "± s.e.": regime.standard_error,
+            f"log norm at lag {len(norms)} [nats]": regime.log_spectral_norm,
+        }
+    return row | {
+        "test accuracy": result.evaluations[-1]["accuracy"] if result.evaluations else math.nan,
+        "clip rate": int(clipping.num_clipped) / max(int(clipping.num_steps), 1),
+        "non-finite steps": int(clipping.num_nonfinite),
+        "monitor overhead": result.timing.monitor_overhead(),
+        "seconds": seconds,
+    }
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        console=Console(stderr=True),
+    )
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    return f"loss {row['loss']:.3f}  |gradient| {row['gradient_norm']:.2e}"

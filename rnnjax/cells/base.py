@@ -1,0 +1,208 @@
+"""What every recurrent cell offers, and the affine cell from which everything else follows."""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rnnjax import validation
+from rnnjax.initializers import Glorot, Orthogonal, per_gate
+from rnnjax.typing import Array, Carry, DType, Initializer, Key, Params
+
+
+@flax.struct.dataclass
+class CellParams:
+    """Weights of an affine cell.
+
+    Attributes:
+      input_kernel: W, ``[D, G, H]``.
+      recurrent_kernel: U, ``[H, G, H]``.
+      bias: b, ``[G, H]``, added to the input pre-activation.
+      recurrent_bias: b_r, ``[G, H]``, added to the recurrent pre-activation, in cells where the two biases differ in
+        effect (the GRU); None in all others.
+    """
+
+    input_kernel: Array
+    recurrent_kernel: Array
+    bias: Array
+    recurrent_bias: Array | None = None
+
+
+class Cell(abc.ABC):
+    """One step of a recurrence, ``(carry, inputs) -> (carry, output)``, written for time to be added by ``unroll``.
+
+    A step has two parts, so that work that does not depend on the carry is done for all steps at once before the scan:
+    ``prepare_inputs`` takes any number of leading axes, ``step`` is the sequential rest.
+    """
+
+    @abc.abstractmethod
+    def initialize_carry(self, batch_shape: tuple[int, ...] = (), dtype: DType = jnp.float32) -> Carry:
+        """Returns the carry before the first step, leaves ``[*batch_shape, ...]``."""
+
+    @abc.abstractmethod
+    def check(self, params: Params, inputs: Any, carry: Carry | None = None) -> None:
+        """Raises ValueError if shapes or dtypes of ``params``, time-major ``inputs`` and ``carry`` do not fit."""
+
+    @abc.abstractmethod
+    def batch_shape(self, inputs: Any) -> tuple[int, ...]:
+        """Returns the batch axes of time-major ``inputs`` ``[T, ..., D]``."""
+
+    @abc.abstractmethod
+    def carry_dtype(self, params: Params) -> DType:
+        """Returns the dtype of the carry that goes with ``params``."""
+
+    @abc.abstractmethod
+    def prepare_inputs(self, params: Params, inputs: Any) -> Any:
+        """Does the part of a step that needs no carry, for any leading axes."""
+
+    @abc.abstractmethod
+    def step(self, params: Params, carry: Carry, prepared: Any) -> tuple[Carry, Any]:
+        """Does the sequential part of one step."""
+
+    def apply(self, params: Params, carry: Carry, inputs: Any) -> tuple[Carry, Any]:
+        """Advances the carry by one step, in ``lax.scan``'s order.
+
+        Args:
+          params: the cell's weights.
+          carry: leaves ``[..., H]``.
+          inputs: ``[..., D]``, without a time axis.
+
+        Returns:
+          The next carry and the output (the hidden state ``[..., H]`` for affine cells).
+        """
+        return self.step(params, carry, self.prepare_inputs(params, inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineCell(Cell):
+    """A cell that is an affine map of (h, x) followed by a pointwise function of each unit.
+
+    With the input pre-activation u_t = x_t W + b ``[..., G, H]`` and the recurrent one r_t = h_{t−1} U + b_r::
+
+        s_t = pointwise(s_{t−1}, u_t, r_t)
+
+    where unit j of the new carry depends on unit j of its arguments only. The carry's first leaf is the hidden state h:
+    it is the output, and what U multiplies. A subclass sets ``num_gates`` and ``num_carries`` and writes ``pointwise``;
+    Jacobians, fast training and monitoring follow.
+
+    Attributes:
+      hidden_size: number of units H.
+      input_initializer: initialiser of each gate's ``[D, H]`` input matrix.
+      recurrent_initializer: initialiser of each gate's ``[H, H]`` recurrent matrix.
+    """
+
+    num_gates: ClassVar[int]
+    """G, how many pre-activations a unit has."""
+    num_carries: ClassVar[int] = 1
+    """How many numbers a unit carries from step to step: 1, or 2 for the LSTM."""
+    has_recurrent_bias: ClassVar[bool] = False
+
+    hidden_size: int
+    _: dataclasses.KW_ONLY
+    input_initializer: Initializer = Glorot()
+    recurrent_initializer: Initializer = Orthogonal()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+
+    def __post_init__(self) -> None:
+        validation.positive_integer("hidden_size", self.hidden_size)
+
+    @abc.abstractmethod
+    def pointwise(
+        self, carry: Carry, input_preactivation: tuple[Array, ...], recurrent_preactivation: tuple[Array, ...]
+    ) -> Carry:
+        """Returns the next carry from the carry and the G input and recurrent pre-activations, each ``[..., H]``."""
+
+    @property
+    def max_slope(self) -> float:
+        """Largest |∂h'/∂r| a unit of this kind can have, against which ``monitor`` calls a unit saturated."""
+        return 1.0
+
+    def initial_bias(self, dtype: DType) -> Array:
+        """Returns b at initialisation, ``[G, H]``: zero, but for gates that start open."""
+        return jnp.zeros((self.num_gates, self.hidden_size), dtype)
+
+    def init(self, key: Key, input_size: int, dtype: DType = jnp.float32) -> CellParams:
+        """Draws initial weights, each gate on its own.
+
+        Args:
+          key: random key.
+          input_size: number of input features D.
+          dtype: float32, float64 or bfloat16.
+
+        Returns:
+          The weights.
+
+        Raises:
+          ValueError: ``input_size`` is not a positive integer, or ``dtype`` not floating.
+        """
+        validation.positive_integer("input_size", input_size)
+        validation.floating_dtype("dtype", dtype)
+        input_key, recurrent_key = jax.random.split(key)
+        gates, hidden = self.num_gates, self.hidden_size
+        return CellParams(
+            input_kernel=per_gate(self.input_initializer, input_key, input_size, gates, hidden, dtype),
+            recurrent_kernel=per_gate(self.recurrent_initializer, recurrent_key, hidden, gates, hidden, dtype),
+            bias=self.initial_bias(dtype),
+            recurrent_bias=jnp.zeros((gates, hidden), dtype) if self.has_recurrent_bias else None,
+        )
+
+    def initialize_carry(self, batch_shape: tuple[int, ...] = (), dtype: DType = jnp.float32) -> Carry:
+        """Returns a carry of zeros, one array or a tuple of arrays ``[*batch_shape, H]``."""
+        zeros = jnp.zeros((*batch_shape, self.hidden_size), dtype)
+        return zeros if self.num_carries == 1 else (zeros,) * self.num_carries
+
+    def hidden(self, carry: Carry) -> Array:
+        """Returns the hidden state h ``[..., H]``, the carry's first leaf."""
+        return jax.tree.leaves(carry)[0]
+
+    def batch_shape(self, inputs: Array) -> tuple[int, ...]:
+        """Returns the batch axes of time-major ``inputs`` ``[T, ..., D]``."""
+        return inputs.shape[1:-1]
+
+    def carry_dtype(self, params: CellParams) -> DType:
+        """Returns the dtype of the weights, in which the carry is kept too."""
+        return params.recurrent_kernel.dtype
+
+    def prepare_inputs(self, params: CellParams, inputs: Array) -> Array:
+        """Returns the input pre-activation u = x W + b, ``[..., G, H]``, in one matmul for all leading axes."""
+        projected = jnp.tensordot(inputs.astype(params.input_kernel.dtype), params.input_kernel, 1)
+        return projected + jnp.broadcast_to(params.bias, projected.shape)
+
+    def recurrent_preactivation(self, params: CellParams, hidden: Array) -> Array:
+        """Returns r = h U + b_r, ``[..., G, H]``."""
+        projected = jnp.tensordot(hidden, params.recurrent_kernel, 1)
+        if params.recurrent_bias is None:
+            return projected
+        return projected + jnp.broadcast_to(params.recurrent_bias, projected.shape)
+
+    def step(self, params: CellParams, carry: Carry, prepared: Array) -> tuple[Carry, Array]:
+        """Returns the next carry and its hidden state, from the input pre-activation ``[..., G, H]``."""
+        recurrent = self.recurrent_preactivation(params, self.hidden(carry))
+        carry = self.pointwise(carry, split_gates(prepared), split_gates(recurrent))
+        return carry, self.hidden(carry)
+
+    def check(self, params: CellParams, inputs: Array, carry: Carry | None = None) -> None:
+        """Raises ValueError if the weights, time-major inputs ``[T, ..., D]`` or carry do not fit this cell."""
+        gates, hidden = self.num_gates, self.hidden_size
+        if not isinstance(params, CellParams):
+            raise ValueError(f"params must be CellParams as {type(self).__name__}.init makes them, got {type(params)}")
+        validation.shape("params.recurrent_kernel", params.recurrent_kernel, (hidden, gates, hidden))
+        validation.shape("params.input_kernel", params.input_kernel, (None, gates, hidden))
+        validation.shape("params.bias", params.bias, (gates, hidden))
+        if params.recurrent_bias is not None:
+            validation.shape("params.recurrent_bias", params.recurrent_bias, (gates, hidden))
+        validation.time_major("inputs", inputs, params.input_kernel.shape[0])
+        if carry is not None:
+            expected = jax.eval_shape(lambda: self.initialize_carry(self.batch_shape(inputs), self.carry_dtype(params)))
+            validation.same_shapes("carry", carry, expected)
+
+
+def split_gates(preactivation: Array) -> tuple[Array, ...]:
+    """Splits ``[..., G, H]`` into G arrays ``[..., H]``."""
+    return tuple(preactivation[..., gate, :] for gate in range(preactivation.shape[-2]))

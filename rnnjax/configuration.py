@@ -1,0 +1,150 @@
+"""One training run as a frozen record, and the objects it stands for."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import optax
+from flax import nnx
+
+from rnnjax import validation
+from rnnjax.activations import ACTIVATIONS
+from rnnjax.cells import AffineCell, GRUCell, LeakyCell, LSTMCell, VanillaCell
+from rnnjax.clipping import clipped
+from rnnjax.initializers import INITIALIZERS, make_initializer
+from rnnjax.models import RecurrentNetwork
+from rnnjax.monitor import Monitor
+from rnnjax.tasks import TASKS, Task, make_task
+from rnnjax.train import FitSettings
+
+CELLS: dict[str, type[AffineCell]] = {"vanilla": VanillaCell, "leaky": LeakyCell, "lstm": LSTMCell, "gru": GRUCell}
+OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd, "rmsprop": optax.rmsprop}
+CHOICES: dict[str, list[str]] = {
+    "task": list(TASKS),
+    "cell": list(CELLS),
+    "activation": list(ACTIVATIONS),
+    "initializer": list(INITIALIZERS),
+    "optimizer": list(OPTIMIZERS),
+}
+"""The names that settings given by name may have."""
+_LENGTH_SETTINGS = {
+    "adding": "sequence_length",
+    "copy": "delay",
+    "temporal_order": "sequence_length",
+    "language_recall": "distance",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run.
+
+    Attributes:
+      task: what to learn.
+      length: the task's number of steps (adding, temporal_order), of blanks (copy) or of words (language_recall) over
+        which to remember; the task's own default if not given.
+      cell: kind of every recurrent layer.
+      hidden_size: number of units in each layer.
+      num_layers: number of recurrent layers.
+      skip_connections: add each layer's input to its output, from the second layer on.
+      activation: activation of vanilla and leaky cells.
+      leak: leak of the leaky cell.
+      forget_bias: initial bias of the gate that keeps the state (LSTM, GRU); the cell's own default if not given.
+      initializer: initialiser of the recurrent matrices, each gate's on its own.
+      gain: factor on the initial recurrent matrices.
+      optimizer: Optax optimiser.
+      learning_rate: step size.
+      clip_norm: largest global norm of the gradient; 0 for no bound.
+      clip_value: largest absolute component of the gradient; 0 for no bound.
+      truncation: window of truncated backpropagation through time, in steps; 0 for full length.
+      steps: number of training steps.
+      batch_size: sequences in a step.
+      evaluate_every: training steps between evaluations on held-out data.
+      monitor_every: training steps between measurements; 0 for none.
+      seed: seed of weights and data.
+    """
+
+    task: str = "digits"
+    length: int | None = None
+    cell: str = "vanilla"
+    hidden_size: int = 64
+    num_layers: int = 1
+    skip_connections: bool = False
+    activation: str = "tanh"
+    leak: float = 0.5
+    forget_bias: float | None = None
+    initializer: str = "orthogonal"
+    gain: float = 1.0
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    clip_norm: float = 1.0
+    clip_value: float = 0.0
+    truncation: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    evaluate_every: int = 100
+    monitor_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            validation.one_of(name, getattr(self, name), allowed)
+        for name in ("hidden_size", "num_layers", "steps", "batch_size", "evaluate_every"):
+            validation.positive_integer(name, getattr(self, name))
+        if self.length is not None:
+            validation.positive_integer("length", self.length)
+        for name in ("truncation", "monitor_every", "seed"):
+            validation.non_negative_integer(name, getattr(self, name))
+        for name in ("gain", "learning_rate"):
+            validation.positive_number(name, getattr(self, name))
+        for name in ("clip_norm", "clip_value"):
+            validation.number_between(name, getattr(self, name), 0, sys.float_info.max)
+
+    def make_cell(self) -> AffineCell:
+        """Returns the cell; settings that its kind does not have are left out."""
+        settings: dict[str, Any] = {"recurrent_initializer": make_initializer(self.initializer, self.gain)}
+        names = {field.name for field in dataclasses.fields(CELLS[self.cell])}
+        for name in ("activation", "leak", "forget_bias"):
+            if name in names and getattr(self, name) is not None:
+                settings[name] = getattr(self, name)
+        return CELLS[self.cell](self.hidden_size, **settings)
+
+    def make_task(self) -> Task:
+        """Returns the task, at the length asked for."""
+        if self.length is None:
+            return make_task(self.task)
+        if self.task not in _LENGTH_SETTINGS:
+            raise ValueError(f"length is fixed for task {self.task!r} and must be left out, got {self.length}")
+        return make_task(self.task, **{_LENGTH_SETTINGS[self.task]: self.length})
+
+    def make_network(self, task: Task) -> RecurrentNetwork:
+        """Returns the network for ``task``, with initial weights drawn from the seed."""
+        return RecurrentNetwork(
+            self.make_cell(),
+            task.output_size,
+            num_layers=self.num_layers,
+            input_size=task.input_size,
+            vocabulary_size=task.vocabulary_size,
+            readout=task.readout,
+            skip_connections=self.skip_connections,
+            rngs=nnx.Rngs(self.seed),
+        )
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """Returns the optimiser behind clipping."""
+        optimizer = OPTIMIZERS[self.optimizer](self.learning_rate)
+        return clipped(optimizer, max_norm=self.clip_norm or None, max_value=self.clip_value or None)
+
+    def make_monitor(self) -> Monitor | None:
+        """Returns the monitor, or None where ``monitor_every`` is 0."""
+        return Monitor(self.monitor_every) if self.monitor_every else None
+
+    def fit_settings(self) -> FitSettings:
+        """Returns what ``fit`` needs to know."""
+        return FitSettings(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            evaluate_every=self.evaluate_every,
+            truncation=self.truncation or None,
+            seed=self.seed,
+        )

@@ -1,0 +1,125 @@
+"""Initial weights, drawn for each gate on its own.
+
+An orthogonal draw of the fused ``[H, G·H]`` kernel makes no gate orthogonal (its gates have RMS singular value 1/√G),
+so ``per_gate`` gives every gate a draw of its own. Initialisers are frozen dataclasses: equal settings compare equal,
+and a cell that holds them can be a static argument of ``jax.jit``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rnnjax import validation
+from rnnjax.typing import Array, DType, Initializer, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """An initialiser multiplied by ``gain``."""
+
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        validation.positive_number("gain", self.gain)
+
+    def __call__(self, key: Key, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
+        """Draws a ``[fan_in, fan_out]`` matrix."""
+        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32  # QR has no bfloat16
+        return (self.gain * self._draw(key, shape, wide)).astype(dtype)
+
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: DType) -> Array:
+        raise TypeError("use one of the subclasses")
+
+
+class Orthogonal(_Scaled):
+    """Haar-distributed orthogonal matrix times the gain: every singular value is the gain (Saxe et al. 2014)."""
+
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: DType) -> Array:
+        return jax.nn.initializers.orthogonal()(key, shape, dtype)
+
+
+class Identity(_Scaled):
+    """Identity matrix times the gain, for recurrent ReLU networks (Le et al. 2015)."""
+
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: DType) -> Array:
+        return jnp.eye(shape[0], shape[1], dtype=dtype)
+
+
+class Glorot(_Scaled):
+    """Uniform with variance gain² · 2/(fan_in + fan_out) (Glorot & Bengio 2010)."""
+
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: DType) -> Array:
+        return jax.nn.initializers.glorot_uniform()(key, shape, dtype)
+
+
+class He(_Scaled):
+    """Gaussian with variance gain² · 2/fan_in, for ReLU layers (He et al. 2015)."""
+
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: DType) -> Array:
+        return jnp.sqrt(2 / shape[0]).astype(dtype) * jax.random.normal(key, shape, dtype)
+
+
+class Gaussian(_Scaled):
+    """Gaussian with variance gain²/fan_in, the ensemble of mean-field theory (Sompolinsky et al. 1988)."""
+
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: DType) -> Array:
+        return jnp.sqrt(1 / shape[0]).astype(dtype) * jax.random.normal(key, shape, dtype)
+
+
+INITIALIZERS: dict[str, Callable[[float], Initializer]] = {
+    "orthogonal": Orthogonal,
+    "identity": Identity,
+    "glorot": Glorot,
+    "he": He,
+    "gaussian": Gaussian,
+}
+
+
+def make_initializer(name: str, gain: float = 1.0) -> Initializer:
+    """Looks up an initialiser by name.
+
+    Args:
+      name: a key of ``INITIALIZERS``.
+      gain: positive factor on the drawn matrix.
+
+    Returns:
+      ``initializer(key, shape, dtype)`` for one ``[fan_in, fan_out]`` matrix.
+
+    Raises:
+      ValueError: an unknown name or a gain that is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> weights = make_initializer("orthogonal", gain=0.5)(jax.random.key(0), (4, 4), jnp.float32)
+      >>> bool(jnp.allclose(weights @ weights.T, 0.25 * jnp.eye(4), atol=1e-6))
+      True
+    """
+    return INITIALIZERS[validation.one_of("initializer", name, INITIALIZERS)](gain)
+
+
+def per_gate(initializer: Initializer, key: Key, fan_in: int, num_gates: int, hidden_size: int, dtype: DType) -> Array:
+    """Draws one ``[fan_in, H]`` matrix per gate, each from its own key.
+
+    Args:
+      initializer: ``initializer(key, shape, dtype)`` for one matrix.
+      key: random key.
+      fan_in: rows of each matrix: D for an input kernel, H for a recurrent kernel.
+      num_gates: G.
+      hidden_size: H.
+      dtype: floating dtype of the result.
+
+    Returns:
+      ``[fan_in, G, H]``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> kernel = per_gate(Orthogonal(), jax.random.key(0), 4, 3, 4, jnp.float32)
+      >>> kernel.shape
+      (4, 3, 4)
+      >>> bool(jnp.allclose(kernel[:, 1] @ kernel[:, 1].T, jnp.eye(4), atol=1e-6))
+      True
+    """
+    keys = jax.random.split(key, num_gates)
+    return jnp.stack([initializer(k, (fan_in, hidden_size), dtype) for k in keys], axis=1)

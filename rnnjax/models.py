@@ -1,0 +1,165 @@
+"""Networks as Flax NNX modules around the functional cells: embedding or features, recurrent layers, readout."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rnnjax import validation
+from rnnjax.cells import AffineCell, CellParams
+from rnnjax.monitor import LayerView
+from rnnjax.typing import Array, Carry, DType
+from rnnjax.unroll import unroll
+
+
+class RecurrentLayer(nnx.Module):
+    """A cell with its weights, unrolled over time.
+
+    Args:
+      cell: an affine cell.
+      input_size: number of input features D.
+      dtype: dtype of the weights.
+      rngs: where the initial weights come from.
+    """
+
+    def __init__(self, cell: AffineCell, input_size: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs) -> None:
+        params = cell.init(rngs.params(), input_size, dtype)
+        self.cell = cell
+        self.input_kernel = nnx.Param(params.input_kernel)
+        self.recurrent_kernel = nnx.Param(params.recurrent_kernel)
+        self.bias = nnx.Param(params.bias)
+        self.recurrent_bias = None if params.recurrent_bias is None else nnx.Param(params.recurrent_bias)
+
+    def params(self) -> CellParams:
+        """Returns the weights as the functional API takes them."""
+        recurrent_bias = None if self.recurrent_bias is None else self.recurrent_bias[...]
+        return CellParams(self.input_kernel[...], self.recurrent_kernel[...], self.bias[...], recurrent_bias)
+
+    def __call__(self, inputs: Array, carry: Carry | None = None, **options: Any) -> tuple[Carry, Array]:
+        """Runs ``unroll`` with this layer's weights; takes its keyword arguments."""
+        return unroll(self.cell, self.params(), inputs, carry, **options)
+
+
+class RecurrentNetwork(nnx.Module):
+    """Embedding or features, recurrent layers, readout.
+
+    Args:
+      cell: the cell of every layer.
+      output_size: number of outputs O.
+      num_layers: number of recurrent layers L.
+      input_size: number of input features D, for inputs ``[T, B, D]``.
+      vocabulary_size: number of tokens, for inputs ``[T, B]``; give this or ``input_size``.
+      embedding_size: features of a token's embedding; the hidden size by default.
+      readout: outputs from the ``last`` step, ``[B, O]``, or from ``every`` step, ``[T, B, O]``.
+      skip_connections: add each layer's input to its output, from the second layer on.
+      dtype: dtype of the weights.
+      rngs: where the initial weights come from.
+
+    Raises:
+      ValueError: sizes that are not positive, neither or both of ``input_size`` and ``vocabulary_size``, an unknown
+        readout.
+
+    Example:
+      >>> import jax.numpy as jnp, rnnjax
+      >>> from flax import nnx
+      >>> network = RecurrentNetwork(rnnjax.GRUCell(8), 10, input_size=1, rngs=nnx.Rngs(0))
+      >>> network(jnp.ones((64, 3, 1))).shape
+      (3, 10)
+    """
+
+    def __init__(
+        self,
+        cell: AffineCell,
+        output_size: int,
+        *,
+        num_layers: int = 1,
+        input_size: int | None = None,
+        vocabulary_size: int | None = None,
+        embedding_size: int | None = None,
+        readout: Literal["last", "every"] = "last",
+        skip_connections: bool = False,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if (input_size is None) == (vocabulary_size is None):
+            raise ValueError(
+                f"one of input_size and vocabulary_size must be given, got {input_size} and {vocabulary_size}"
+            )
+        validation.positive_integer("num_layers", num_layers)
+        validation.positive_integer("output_size", output_size)
+        self.readout = validation.one_of("readout", readout, ("last", "every"))
+        self.skip_connections = skip_connections
+        self.embedding = None
+        if vocabulary_size is not None:
+            input_size = cell.hidden_size if embedding_size is None else embedding_size
+            tokens = validation.positive_integer("vocabulary_size", vocabulary_size)
+            self.embedding = nnx.Embed(tokens, input_size, param_dtype=dtype, rngs=rngs)
+        sizes = [validation.positive_integer("input_size", input_size)] + [cell.hidden_size] * (num_layers - 1)
+        self.layers = nnx.List([RecurrentLayer(cell, size, dtype=dtype, rngs=rngs) for size in sizes])
+        self.output = nnx.Linear(cell.hidden_size, output_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        lengths: Array | None = None,
+        perturbations: Sequence[Array] | None = None,
+        **options: Any,
+    ) -> Array:
+        """Returns the outputs for a batch of sequences.
+
+        Args:
+          inputs: features ``[T, B, D]`` or tokens ``[T, B]``.
+          lengths: ``[B]``, as for ``unroll``; the last step of a sequence is that before its length.
+          perturbations: one ``[T, B, H]`` for each layer, as for ``unroll``.
+          **options: ``resets``, ``truncation`` and ``reverse``, passed on to ``unroll``.
+
+        Returns:
+          ``[B, O]`` or ``[T, B, O]``.
+        """
+        features = self._features(inputs)
+        for index, layer in enumerate(self.layers):
+            perturbation = None if perturbations is None else perturbations[index]
+            _, outputs = layer(features, lengths=lengths, perturbations=perturbation, **options)
+            features = self._with_skip(index, features, outputs)
+        if self.readout == "last":
+            features = features[-1] if lengths is None else _at_last_step(features, lengths)
+        return self.output(features)
+
+    def layer_views(self, inputs: Array) -> list[LayerView]:
+        """Returns each layer with the inputs it gets when the network runs on ``inputs``."""
+        features, views = self._features(inputs), []
+        for index, layer in enumerate(self.layers):
+            views.append(LayerView(layer.cell, layer.params(), features))
+            _, outputs = layer(features)
+            features = self._with_skip(index, features, outputs)
+        return views
+
+    def _features(self, inputs: Array) -> Array:
+        return inputs if self.embedding is None else self.embedding(inputs)
+
+    def _with_skip(self, index: int, inputs: Array, outputs: Array) -> Array:
+        return inputs + outputs if self.skip_connections and index > 0 else outputs
+
+
+def _at_last_step(features: Array, lengths: Array) -> Array:
+    """Returns ``features[length − 1]`` of each sequence, ``[B, H]``; zeros where the length is 0."""
+    last = jnp.maximum(jnp.asarray(lengths) - 1, 0)
+    chosen = jnp.take_along_axis(features, last[None, :, None], axis=0)[0]
+    return jnp.where((jnp.asarray(lengths) > 0)[:, None], chosen, jnp.zeros_like(chosen))
+
+
+def zero_perturbations(network: RecurrentNetwork, inputs: Array) -> list[Array]:
+    """Returns the zeros to differentiate by for the hidden gradients, one ``[T, B, H]`` a layer."""
+    shapes = [(*inputs.shape[:2], layer.cell.hidden_size) for layer in network.layers]
+    dtypes = [layer.recurrent_kernel[...].dtype for layer in network.layers]
+    return [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def layer_views(graph: nnx.GraphDef, params: nnx.State, inputs: Array) -> list[LayerView]:
+    """Returns ``RecurrentNetwork.layer_views``, compiled, for a network in parts as ``nnx.split`` gives them."""
+    return nnx.merge(graph, params).layer_views(inputs)

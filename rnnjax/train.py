@@ -1,0 +1,296 @@
+"""Training: a state, a step, and a loop that measures, reports, and can be interrupted."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from rnnjax import validation
+from rnnjax.clipping import clipping_state
+from rnnjax.metrics import MetricsWriter
+from rnnjax.models import RecurrentNetwork, layer_views, zero_perturbations
+from rnnjax.monitor import Monitor, Reading
+from rnnjax.tasks import Batch, Task
+from rnnjax.typing import Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a training step changes.
+
+    Attributes:
+      step: number of steps taken, int32 scalar.
+      params: the network's weights.
+      opt_state: the optimiser's state; holds a ``ClippedState``.
+    """
+
+    step: Array
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class FitSettings:
+    """How long and on what to train.
+
+    Attributes:
+      steps: training steps.
+      batch_size: sequences a step.
+      evaluate_every: training steps between evaluations on held-out data; the last step is always followed by one.
+      truncation: window of truncated backpropagation through time, in steps; None for full length.
+      seed: seed of the data.
+
+    Raises:
+      ValueError: a setting out of range.
+    """
+
+    steps: int
+    batch_size: int = 64
+    evaluate_every: int = 100
+    truncation: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluate_every"):
+            validation.positive_integer(name, getattr(self, name))
+        if self.truncation is not None:
+            validation.positive_integer("truncation", self.truncation)
+        validation.non_negative_integer("seed", self.seed)
+
+
+@dataclasses.dataclass
+class FitResult:
+    """What a run of ``fit`` came to, complete or not.
+
+    Attributes:
+      state: the state after the last finished step.
+      readings: what the monitor saw, with ``reading_steps``.
+      evaluations: held-out loss and accuracy, with ``evaluation_steps``.
+      interrupted: whether Ctrl-C ended the run.
+      timing: where the time went.
+    """
+
+    state: TrainState
+    readings: list[Reading] = dataclasses.field(default_factory=list)
+    reading_steps: list[int] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    evaluation_steps: list[int] = dataclasses.field(default_factory=list)
+    interrupted: bool = False
+    timing: "Timing" = dataclasses.field(default_factory=lambda: Timing())
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds that training and monitoring took.
+
+    Attributes:
+      plain: duration of each step without a measurement.
+      monitored: duration of each step with one, the measurement included.
+    """
+
+    plain: list[float] = dataclasses.field(default_factory=list)
+    monitored: list[float] = dataclasses.field(default_factory=list)
+
+    def monitor_overhead(self) -> float:
+        """Returns the time that monitoring added, as a share of the training time without it.
+
+        Steps without a measurement set what a step costs. The first of each kind is left out: it is compilation, see
+        ``compile_seconds``. NaN where there are too few steps to tell.
+        """
+        if len(self.plain) < 2 or len(self.monitored) < 2:
+            return float("nan")
+        step = statistics.median(self.plain[1:])
+        added = statistics.median(self.monitored[1:]) - step
+        return len(self.monitored) * added / (step * (len(self.plain) + len(self.monitored)))
+
+    def compile_seconds(self) -> float:
+        """Returns how much longer the first step of each kind took than later ones, both kinds together."""
+        return sum(times[0] - statistics.median(times[1:]) for times in (self.plain, self.monitored) if len(times) > 1)
+
+
+def create_state(network: RecurrentNetwork, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    params = nnx.state(network, nnx.Param)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "task", "optimizer", "truncation"))
+def train_step(
+    graph: nnx.GraphDef,
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    truncation: int | None,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Takes one optimiser step.
+
+    Args:
+      graph: structure of the network, from ``nnx.split``.
+      task: gives loss and accuracy.
+      optimizer: from ``clipped``.
+      truncation: window of truncated backpropagation through time, or None.
+      state: the state before the step.
+      batch: the batch.
+
+    Returns:
+      The state after the step, and its metrics as scalars.
+    """
+
+    def loss_fn(params: nnx.State) -> tuple[Array, Array]:
+        outputs = nnx.merge(graph, params)(batch.inputs, truncation=truncation)
+        return task.loss(outputs, batch), task.accuracy(outputs, batch)
+
+    (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return _updated(state, optimizer, gradient, loss, accuracy)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "task", "optimizer", "truncation"))
+def monitored_train_step(
+    graph: nnx.GraphDef,
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    truncation: int | None,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Array], Array]:
+    """Takes one optimiser step as ``train_step`` does, and keeps the hidden gradients of its backward pass.
+
+    Returns:
+      The state after the step, its metrics, and ‖∂L/∂h_t‖ over the batch for every layer and step, ``[L, T]``.
+    """
+
+    def loss_fn(params: nnx.State, perturbations: list[Array]) -> tuple[Array, Array]:
+        outputs = nnx.merge(graph, params)(batch.inputs, truncation=truncation, perturbations=perturbations)
+        return task.loss(outputs, batch), task.accuracy(outputs, batch)
+
+    zeros = zero_perturbations(nnx.merge(graph, state.params), batch.inputs)
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    (loss, accuracy), (gradient, hidden_gradients) = value_and_grad(state.params, zeros)
+    norms = jnp.stack([_norm_of_each_step(hidden) for hidden in hidden_gradients])
+    return *_updated(state, optimizer, gradient, loss, accuracy), norms
+
+
+def _updated(
+    state: TrainState,
+    optimizer: optax.GradientTransformationExtraArgs,
+    gradient: nnx.State,
+    loss: Array,
+    accuracy: Array,
+) -> tuple[TrainState, dict[str, Array]]:
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    clipping = clipping_state(opt_state)
+    metrics = {
+        "loss": loss,
+        "accuracy": accuracy,
+        "gradient_norm": clipping.norm_before,
+        "gradient_norm_clipped": clipping.norm_after,
+        "clipped": clipping.was_clipped,
+        "nonfinite_steps": clipping.num_nonfinite,
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def _norm_of_each_step(hidden_gradient: Array) -> Array:
+    """Returns the norm over batch and units of ``[T, B, H]`` at each step, scaled so that no square underflows."""
+    magnitude = jnp.abs(hidden_gradient).astype(jnp.promote_types(hidden_gradient.dtype, jnp.float32))
+    largest = magnitude.max(axis=(1, 2), keepdims=True)
+    relative = magnitude / jnp.where(largest > 0, largest, 1)
+    return largest[:, 0, 0] * jnp.sqrt(jnp.sum(relative**2, axis=(1, 2)))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "task"))
+def evaluate(graph: nnx.GraphDef, task: Task, params: nnx.State, batch: Batch) -> dict[str, Array]:
+    """Returns held-out loss and accuracy of a network on one batch, as scalars."""
+    outputs = nnx.merge(graph, params)(batch.inputs)
+    return {"loss": task.loss(outputs, batch), "accuracy": task.accuracy(outputs, batch)}
+
+
+def fit(
+    network: RecurrentNetwork,
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    settings: FitSettings,
+    *,
+    monitor: Monitor | None = None,
+    metrics: MetricsWriter | None = None,
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+) -> FitResult:
+    """Trains a network, measuring beside it; Ctrl-C ends training and keeps everything so far.
+
+    Args:
+      network: the network; it is left as it is, trained weights are in the result's state.
+      task: gives batches, loss and accuracy.
+      optimizer: from ``clipped``.
+      settings: how long and on what to train.
+      monitor: what to measure, and when; None for nothing.
+      metrics: where a line a step is written; None for nowhere.
+      on_step: called after each step with its number and metrics, for a progress bar.
+
+    Returns:
+      The ``FitResult``.
+    """
+    graph, _ = nnx.split(network)
+    held_out = task.evaluation_batch(settings.seed)
+    result = FitResult(create_state(network, optimizer))
+    start = time.monotonic()
+    try:
+        for step in range(settings.steps):
+            row = _one_step(graph, task, optimizer, settings, monitor, result, step)
+            if (step + 1) % settings.evaluate_every == 0 or step == settings.steps - 1:
+                row |= _evaluation(graph, task, held_out, result, step + 1)
+            if metrics is not None:
+                metrics.write(step, seconds=time.monotonic() - start, **row)
+            if on_step is not None:
+                on_step(step, row)
+    except KeyboardInterrupt:
+        result.interrupted = True
+    return result
+
+
+def _one_step(
+    graph: nnx.GraphDef,
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    settings: FitSettings,
+    monitor: Monitor | None,
+    result: FitResult,
+    step: int,
+) -> dict[str, Any]:
+    """Takes step number ``step``, measured if it is due, enters it in ``result``, and returns its metrics."""
+    began = time.perf_counter()
+    batch = task.batch(settings.seed, step, settings.batch_size)
+    arguments = (graph, task, optimizer, settings.truncation, result.state, batch)
+    if monitor is None or not monitor.is_due(step, settings.steps):
+        result.state, scalars = train_step(*arguments)
+        row = _as_numbers(scalars)
+        result.timing.plain.append(time.perf_counter() - began)
+        return row
+    layers = layer_views(graph, result.state.params, batch.inputs[:, : monitor.num_sequences])
+    result.state, scalars, hidden_gradient_norms = monitored_train_step(*arguments)
+    reading = monitor.measure(layers, hidden_gradient_norms)
+    row = _as_numbers(scalars) | reading.summary()
+    result.timing.monitored.append(time.perf_counter() - began)
+    result.readings.append(reading)
+    result.reading_steps.append(step)
+    return row
+
+
+def _evaluation(graph: nnx.GraphDef, task: Task, held_out: Batch, result: FitResult, step: int) -> dict[str, float]:
+    scores = _as_numbers(evaluate(graph, task, result.state.params, held_out))
+    result.evaluations.append(scores)
+    result.evaluation_steps.append(step)
+    return {f"held_out_{name}": value for name, value in scores.items()}
+
+
+def _as_numbers(scalars: dict[str, Array]) -> dict[str, Any]:
+    return {name: np.asarray(value).item() for name, value in jax.device_get(scalars).items()}

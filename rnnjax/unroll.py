@@ -1,0 +1,246 @@
+"""Time: the only place where a sequence is scanned for states."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rnnjax import validation
+from rnnjax.cells import AffineCell, Cell
+from rnnjax.typing import Array, Carry, Params
+
+
+@flax.struct.dataclass
+class Trajectory:
+    """The states a sequence passed through, and what drove them.
+
+    Attributes:
+      carries: pytree of ``[T+1, ..., H]``; entry 0 is the carry before the first step.
+      inputs: ``[T, ..., D]``.
+    """
+
+    carries: Carry
+    inputs: Any
+
+
+@flax.struct.dataclass
+class _Controls:
+    """What happens to the carry around each step; None where nothing does.
+
+    Attributes:
+      active: bool ``[T, ...]``; where false, the carry stands still and the output is zero.
+      reset: bool ``[T, ...]``; where true, the carry is initialised again before the step.
+      window_start: bool ``[T]`` or ``[T, ...]``; where true, no gradient passes from the step to those before it.
+    """
+
+    active: Array | None
+    reset: Array | None
+    window_start: Array | None
+
+    def enter(self, carry: Carry, initial: Carry) -> Carry:
+        """Returns the carry that a step starts from."""
+        if self.reset is not None:
+            carry = _where(self.reset, initial, carry)
+        if self.window_start is not None:
+            carry = _where(self.window_start, jax.lax.stop_gradient(carry), carry)
+        return carry
+
+    def leave(self, before: Carry, after: Carry, output: Any) -> tuple[Carry, Any]:
+        """Returns the carry and output that a step ends with."""
+        if self.active is None:
+            return after, output
+        return _where(self.active, after, before), _where(self.active, output, jax.tree.map(jnp.zeros_like, output))
+
+
+def unroll(
+    cell: Cell,
+    params: Params,
+    inputs: Any,
+    carry: Carry | None = None,
+    *,
+    lengths: Array | None = None,
+    resets: Array | None = None,
+    truncation: int | None = None,
+    reverse: bool = False,
+    perturbations: Array | None = None,
+) -> tuple[Carry, Any]:
+    """Runs a cell over a sequence.
+
+    Whatever does not depend on the carry (for affine cells the input projection of all T steps) is done in one go
+    before the scan.
+
+    Args:
+      cell: any cell.
+      params: its weights.
+      inputs: ``[T, ..., D]``, time-major.
+      carry: the carry before the first step; ``cell.initialize_carry`` by default.
+      lengths: whole numbers ``[...]`` in [0, T]. From its length on a sequence's carry stands still, its outputs are
+        zero and its gradients exactly zero, whatever its padding holds.
+      resets: bool ``[T, ...]``. Where true, the carry is initialised again before that step.
+      truncation: window length n of truncated backpropagation through time. Windows are [0, n), [n, 2n), … in the
+        order of processing of each sequence, and no gradient crosses the start of a window, the first included; the
+        states are unchanged.
+      reverse: process the steps from last to first; output t still belongs to input t. A sequence shorter than T starts
+        at its own last step.
+      perturbations: ``[T, ..., H]``, added to each new hidden state. Zeros leave everything as it is, and the gradient
+        with respect to them is the hidden gradient ∂L/∂h_t, from the same backward pass. Affine cells only.
+
+    Returns:
+      The carry after the last processed step, and the outputs ``[T, ..., H]``.
+
+    Raises:
+      ValueError: shapes that do not fit the cell, T = 0, lengths out of range, a truncation below 1, non-finite inputs,
+        weights or carry.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnnjax
+      >>> cell = rnnjax.GRUCell(4)
+      >>> params = cell.init(jax.random.key(0), input_size=2)
+      >>> carry, outputs = unroll(cell, params, jnp.ones((7, 3, 2)), lengths=jnp.array([7, 5, 0]))
+      >>> outputs.shape, bool(jnp.all(outputs[5:, 1] == 0)), bool(jnp.all(carry[2] == 0))
+      ((7, 3, 4), True, True)
+    """
+    cell.check(params, inputs, carry)
+    num_steps, batch_shape = jax.tree.leaves(inputs)[0].shape[0], cell.batch_shape(inputs)
+    if lengths is not None:
+        lengths = jnp.asarray(lengths)
+        validation.lengths("lengths", lengths, batch_shape, num_steps)
+        inputs = _without_padding(inputs, lengths)
+    if resets is not None:
+        validation.shape("resets", resets, (num_steps, *batch_shape))
+    if truncation is not None:
+        validation.positive_integer("truncation", truncation)
+    if perturbations is not None:
+        _check_perturbations(cell, perturbations, (num_steps, *batch_shape))
+    for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
+        validation.finite(name, value)
+    return _unroll(cell, params, inputs, carry, lengths, resets, perturbations, truncation=truncation, reverse=reverse)
+
+
+def trajectory(cell: Cell, params: Params, inputs: Any, carry: Carry | None = None) -> Trajectory:
+    """Runs a cell over a sequence and keeps every carry, at the highest matmul precision.
+
+    Args:
+      cell: any cell.
+      params: its weights.
+      inputs: ``[T, ..., D]``, time-major.
+      carry: the carry before the first step; ``cell.initialize_carry`` by default.
+
+    Returns:
+      The ``Trajectory``, with T + 1 carries.
+
+    Raises:
+      ValueError: shapes that do not fit the cell, T = 0, non-finite inputs, weights or carry; a state that becomes
+        non-finite, with its step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnnjax
+      >>> cell = rnnjax.LSTMCell(4)
+      >>> params = cell.init(jax.random.key(0), input_size=2)
+      >>> hidden, memory = trajectory(cell, params, jnp.ones((7, 3, 2))).carries
+      >>> hidden.shape
+      (8, 3, 4)
+    """
+    cell.check(params, inputs, carry)
+    for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
+        validation.finite(name, value)
+    carries = _carries(cell, params, inputs, carry)
+    validation.finite_steps("state", carries)
+    return Trajectory(carries, inputs)
+
+
+@jax.jit
+def _carries(cell: Cell, params: Params, inputs: Any, carry: Carry | None) -> Carry:
+    with jax.default_matmul_precision("highest"):
+        initial = _initial_carry(cell, params, inputs, carry)
+
+        def step(carry: Carry, prepared: Any) -> tuple[Carry, Carry]:
+            carry, _ = cell.step(params, carry, prepared)
+            return carry, carry
+
+        _, carries = jax.lax.scan(step, initial, cell.prepare_inputs(params, inputs))
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, carries)
+
+
+def _unroll_steps(
+    cell: Cell,
+    params: Params,
+    inputs: Any,
+    carry: Carry | None,
+    lengths: Array | None,
+    resets: Array | None,
+    perturbations: Array | None,
+    *,
+    truncation: int | None,
+    reverse: bool,
+) -> tuple[Carry, Any]:
+    reset_carry = _initial_carry(cell, params, inputs, None)
+    carry = _initial_carry(cell, params, inputs, carry)
+    num_steps = jax.tree.leaves(inputs)[0].shape[0]
+    controls = _controls(num_steps, lengths, resets, truncation, reverse)
+
+    def step(carry: Carry, xs: tuple[Any, _Controls, Array | None]) -> tuple[Carry, Any]:
+        prepared, control, perturbation = xs
+        after, output = cell.step(params, control.enter(carry, reset_carry), prepared)
+        if perturbation is not None:
+            after, output = _perturb(cell, after, perturbation)
+        return control.leave(carry, after, output)
+
+    return jax.lax.scan(step, carry, (cell.prepare_inputs(params, inputs), controls, perturbations), reverse=reverse)
+
+
+_unroll = jax.jit(_unroll_steps, static_argnames=("truncation", "reverse"))
+
+
+def _initial_carry(cell: Cell, params: Params, inputs: Any, carry: Carry | None) -> Carry:
+    initial = cell.initialize_carry(cell.batch_shape(inputs), cell.carry_dtype(params))
+    if carry is None:
+        return initial
+    return jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(like.dtype), carry, initial)
+
+
+def _controls(
+    num_steps: int, lengths: Array | None, resets: Array | None, truncation: int | None, reverse: bool
+) -> _Controls:
+    active = None if lengths is None else _before_length(num_steps, lengths)
+    processed = jnp.arange(num_steps)
+    if reverse:  # a sequence that is shorter starts, and counts its windows from, its own last step
+        processed = processed[::-1] if lengths is None else lengths[None] - 1 - _time_axis(num_steps, lengths)
+    window_start = None if truncation is None else processed % truncation == 0
+    return _Controls(active, None if resets is None else jnp.asarray(resets, bool), window_start)
+
+
+def _before_length(num_steps: int, lengths: Array) -> Array:
+    """Returns the bool mask ``[T, ...]`` of the steps before each sequence's length."""
+    return _time_axis(num_steps, lengths) < lengths[None]
+
+
+def _time_axis(num_steps: int, lengths: Array) -> Array:
+    return jnp.arange(num_steps).reshape(-1, *(1,) * lengths.ndim)
+
+
+def _without_padding(inputs: Any, lengths: Array) -> Any:
+    """Zeroes inputs past each length: a NaN there would turn the masked, zero gradients into NaN."""
+    return jax.tree.map(lambda x: _where(_before_length(x.shape[0], lengths), x, jnp.zeros_like(x)), inputs)
+
+
+def _perturb(cell: Cell, carry: Carry, perturbation: Array) -> tuple[Carry, Array]:
+    leaves, structure = jax.tree.flatten(carry)
+    hidden = leaves[0] + perturbation.astype(leaves[0].dtype)
+    return jax.tree.unflatten(structure, [hidden, *leaves[1:]]), hidden
+
+
+def _check_perturbations(cell: Cell, perturbations: Array, leading: tuple[int, ...]) -> None:
+    if not isinstance(cell, AffineCell):
+        raise ValueError(f"perturbations needs an affine cell, whose output is its hidden state; got {type(cell)}")
+    validation.shape("perturbations", perturbations, (*leading, cell.hidden_size))
+
+
+def _where(condition: Array, on_true: Any, on_false: Any) -> Any:
+    """Selects whole pytrees by a condition over their leading axes."""
+
+    def select(a: Array, b: Array) -> Array:
+        return jnp.where(jnp.reshape(condition, condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+
+    return jax.tree.map(select, on_true, on_false)

@@ -1,0 +1,164 @@
+"""Checks of what users pass in: one error that names the argument, its value and what is allowed.
+
+Checks of values (finite, in range) look at concrete arrays only. Under ``jax.jit`` an argument has no value yet, so
+there they pass in silence; checks of shape, dtype and names hold everywhere.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Returns ``value`` as an int, or raises ValueError unless it is a whole number of at least 1."""
+    return _integer_from(name, value, 1, "a positive integer")
+
+
+def non_negative_integer(name: str, value: Any) -> int:
+    """Returns ``value`` as an int, or raises ValueError unless it is a whole number of at least 0."""
+    return _integer_from(name, value, 0, "a non-negative integer")
+
+
+def integer_at_least(name: str, value: Any, minimum: int) -> int:
+    """Returns ``value`` as an int, or raises ValueError unless it is a whole number of at least ``minimum``."""
+    return _integer_from(name, value, minimum, f"an integer of at least {minimum}")
+
+
+def _integer_from(name: str, value: Any, minimum: int, allowed: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return int(value)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Returns ``value`` as a float, or raises ValueError unless it is finite and above 0."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return float(value)
+
+
+def number_between(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """Returns ``value`` as a float, or raises ValueError unless it lies in [low, high] (or (low, high])."""
+    if not _is_number(value) or not (low < value if open_low else low <= value) or not value <= high:
+        raise ValueError(f"{name} must be a number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
+    """Returns ``value``, or raises ValueError that lists ``allowed`` and the nearest spelling."""
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(sorted(allowed))}, got {value!r}{hint}")
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether ``value`` has numbers to look at, that is, is not traced by a JAX transformation."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def finite(name: str, tree: Any) -> None:
+    """Raises ValueError that names the first non-finite leaf and index of ``tree``, where it has values."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # NumPy does not count bfloat16 among its floating-point types, and has no form for a random key.
+        if is_concrete(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
+            if bad.size:
+                index = tuple(int(i) for i in bad[0])
+                where = f"{name}{jax.tree_util.keystr(path)}{list(index)}"
+                raise ValueError(
+                    f"{name} must be finite, got {where} = {np.asarray(leaf)[index]} ({len(bad)} such values)"
+                )
+
+
+def floating_dtype(name: str, dtype: Any) -> None:
+    """Raises ValueError unless ``dtype`` is a floating-point type."""
+    if not _names_dtype(dtype) or not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"{name} must be a floating-point dtype such as float32, got {dtype!r}")
+    if jnp.dtype(dtype) == np.float64 and not float64_enabled():
+        raise ValueError(f"{name} can be float64 only when JAX has it switched on: jax.enable_x64(True)")
+
+
+def _names_dtype(value: Any) -> bool:
+    try:
+        jnp.dtype(value)
+    except TypeError:
+        return False
+    return True
+
+
+def float64_enabled() -> bool:
+    """Returns whether JAX makes float64 arrays, here and now."""
+    return jnp.result_type(float) == np.float64
+
+
+def shape(name: str, array: Any, expected: tuple[int | None, ...]) -> None:
+    """Raises ValueError unless ``array.shape`` equals ``expected``, where None stands for any size."""
+    actual = jnp.shape(array)
+    if len(actual) != len(expected) or any(e not in (None, a) for a, e in zip(actual, expected, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{name} must have shape ({wanted}), got {actual}")
+
+
+def same_shapes(name: str, tree: Any, expected: Any) -> None:
+    """Raises ValueError unless ``tree`` has the structure and the leaf shapes of ``expected``."""
+    if jax.tree.structure(tree) != jax.tree.structure(expected):
+        raise ValueError(
+            f"{name} must have the structure {jax.tree.structure(expected)}, got {jax.tree.structure(tree)}"
+        )
+    for (path, leaf), wanted in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+        shape(name + jax.tree_util.keystr(path), leaf, wanted.shape)
+
+
+def time_major(name: str, array: Any, features: int | None) -> None:
+    """Raises ValueError unless ``array`` is a float array ``[T, ..., D]`` with T ≥ 1 (and D = ``features``)."""
+    if not hasattr(array, "dtype"):
+        raise ValueError(f"{name} must be an array, got {type(array).__name__}")
+    actual = jnp.shape(array)
+    last = "D" if features is None else str(features)
+    if len(actual) < 2 or (features is not None and actual[-1] != features):
+        raise ValueError(f"{name} must be time-major with shape [T, ..., {last}], got shape {actual}")
+    if actual[0] == 0:
+        raise ValueError(f"{name} must have at least one time step, got shape {actual}")
+    if features is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+        raise ValueError(f"{name} must be floating point, got dtype {jnp.result_type(array)}")
+
+
+def lengths(name: str, value: Any, batch_shape: tuple[int, ...], num_steps: int) -> None:
+    """Raises ValueError unless ``value`` holds whole numbers in [0, T], one for each sequence."""
+    shape(name, value, batch_shape)
+    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise ValueError(f"{name} must be whole numbers, got dtype {jnp.result_type(value)}")
+    if is_concrete(value):
+        bad = np.asarray(value)[(np.asarray(value) < 0) | (np.asarray(value) > num_steps)]
+        if bad.size:
+            raise ValueError(f"{name} must lie in [0, {num_steps}], the number of time steps; got {bad.flat[0]}")
+
+
+def finite_steps(name: str, tree: Any) -> None:
+    """Raises ValueError that names the first time step (axis 0) at which a concrete ``tree`` is not finite."""
+    steps = [
+        int(np.argwhere(~np.isfinite(np.asarray(leaf)))[0][0])
+        for leaf in jax.tree.leaves(tree)
+        if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all()
+    ]
+    if steps:
+        raise ValueError(f"{name} must be finite, got a NaN or an overflow at time step {min(steps)}")
+
+
+def integer_between(name: str, value: Any, low: int, high: int) -> int:
+    """Returns ``value`` as an int, or raises ValueError unless it is a whole number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+        raise ValueError(f"{name} must be a whole number in [{low}, {high}], got {value!r}")
+    return int(value)
