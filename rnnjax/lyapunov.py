@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rnnjax import validation
+from rnnjax import lapack, validation
 from rnnjax.cells import Cell
 from rnnjax.jacobians import Jacobians, jacobian_operator
 from rnnjax.typing import Array, Carry, Key, Params
@@ -163,7 +163,7 @@ def frame_growth(jacobians: Jacobians, frame: Array, *, backward: bool = False) 
 def _frame_growth(jacobians: Jacobians, frame: Array, backward: bool) -> tuple[Array, Array]:
     def step(frame: Array, time: Array) -> tuple[Array, Array]:
         jacobian = jacobians.at_step(time)
-        frame, triangle = jnp.linalg.qr(jacobian.transpose_times(frame) if backward else jacobian.times(frame))
+        frame, triangle = lapack.qr(jacobian.transpose_times(frame) if backward else jacobian.times(frame))
         return frame, jnp.log(jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1)))
 
     return jax.lax.scan(step, frame, jnp.arange(jacobians.shape[0]), reverse=backward)

@@ -18,15 +18,14 @@ ETNA 5, 1997; A. J. Cox & N. J. Higham, Stability of Householder QR factorizatio
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnnjax import validation
+from rnnjax import lapack, validation
 from rnnjax.typing import Array, DType
 
 
@@ -123,7 +122,7 @@ def _factor_product(matrices: Array, wide: DType) -> FactoredProduct:
         determinant = log_abs_det(chain).astype(matrices.dtype)
         return FactoredProduct(factors.left, factors.log_scales, factors.remainder, factors.right, determinant)
 
-    return over_batch(single, matrices.ndim - 3, in_axes=1)(matrices)
+    return lapack.over_batch(single, jnp.moveaxis(matrices, 0, -3), matrices.ndim - 3)
 
 
 def narrowed(factors: Factors, dtype: DType) -> Factors:
@@ -139,7 +138,7 @@ def log_abs_det(matrices: Array) -> Array:
     sums, remainders = jax.lax.scan(
         lambda total, term: (add(*total, term), None),
         (jnp.zeros((), matrices.dtype), jnp.zeros((), matrices.dtype)),
-        jnp.linalg.slogdet(matrices)[1],
+        lapack.log_abs_det(matrices),
     )[0]
     return sums + remainders
 
@@ -166,8 +165,8 @@ def column_scales(matrices: Array) -> Array:
     magnitude = jnp.abs(matrices)
     rows = magnitude.max(axis=-1, keepdims=True)
     largest = (magnitude / jnp.where(rows > 0, rows, 1)).max(axis=-2)
-    exponents = jnp.frexp(largest)[1]
-    return jnp.where(largest > 0, jnp.ldexp(jnp.full_like(largest, 0.5), exponents), 0)  # jnp.exp2 would round
+    # Without mantissa bits a float is a power of two; jnp.exp2 would round.
+    return jax.lax.reduce_precision(largest, jnp.finfo(largest.dtype).nexp, mantissa_bits=0)
 
 
 def without_column_scales(matrices: Array, scales: Array) -> Array:
@@ -183,7 +182,7 @@ def diagonal_factors(scales: Array) -> Factors:
 
 def multiply(matrix: Array, factors: Factors) -> Factors:
     """Returns the factors of ``matrix`` times the product that ``factors`` stand for, by one sorted QR."""
-    return factor_columns(jnp.matmul(matrix, factors.left, precision="highest"), factors)
+    return factor_columns(matmul(matrix, factors.left), factors)
 
 
 def factor_columns(columns: Array, factors: Factors) -> Factors:
@@ -191,7 +190,7 @@ def factor_columns(columns: Array, factors: Factors) -> Factors:
     order = jnp.argsort(-(factors.log_scales + jnp.log(jnp.abs(columns).max(axis=0))))
     columns, scales, remainder = columns[:, order], factors.log_scales[order], factors.remainder[order]
     rows = jnp.argsort(-jnp.abs(columns).max(axis=1))
-    left, triangle = jnp.linalg.qr(columns[rows])
+    left, triangle = lapack.qr(columns[rows])
     diagonal = jnp.diagonal(triangle)
     new_scales, new_remainder = add(scales, remainder, jnp.log(jnp.abs(diagonal)))
     exponent = (scales[None, :] - new_scales[:, None]) + (remainder[None, :] - new_remainder[:, None])
@@ -200,8 +199,17 @@ def factor_columns(columns: Array, factors: Factors) -> Factors:
     mixing = jnp.where(
         kept, triangle * jnp.exp(jnp.where(kept, exponent, 0)), jnp.eye(len(order), dtype=triangle.dtype)
     )
-    right = jnp.matmul(mixing, factors.right[order], precision="highest")
+    right = matmul(mixing, factors.right[order])
     return Factors(jnp.zeros_like(left).at[rows].set(left), new_scales, new_remainder, right)
+
+
+def matmul(left: Array, right: Array) -> Array:
+    """Returns the product of two matrices at the highest precision.
+
+    jnp.matmul would also name its output's dtype, and that is what JAX refuses when a compiled program that switched
+    float64 on for itself is mapped by a ``jax.vmap`` from outside.
+    """
+    return jax.lax.dot(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def add(total: Array, remainder: Array, term: Array) -> tuple[Array, Array]:
@@ -209,10 +217,3 @@ def add(total: Array, remainder: Array, term: Array) -> tuple[Array, Array]:
     new = total + term
     lost = jnp.where(jnp.abs(total) >= jnp.abs(term), (total - new) + term, (term - new) + total)
     return new, remainder + jnp.where(jnp.isfinite(new), lost, 0)
-
-
-def over_batch(function: Callable[..., Any], num_batch_axes: int, in_axes: int = 0, out_axes: int = 0) -> Any:
-    """Returns ``function`` mapped over ``num_batch_axes`` axes, starting at ``in_axes`` of every argument."""
-    for _ in range(num_batch_axes):
-        function = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)
-    return function

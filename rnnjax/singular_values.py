@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnnjax import products, validation
+from rnnjax import lapack, products, validation
 from rnnjax.cells import Cell
 from rnnjax.jacobi import log_singular_values_of_rows
 from rnnjax.jacobians import DenseJacobians, Jacobians, step_jacobians
@@ -76,7 +76,7 @@ def log_spectral_norm(product: FactoredProduct) -> Array:
     scales = product.log_scales + product.log_scales_remainder
     largest = scales.max(axis=-1)
     relative = jnp.exp(scales - jnp.where(jnp.isfinite(largest), largest, 0)[..., None])
-    return largest + jnp.log(jnp.linalg.norm(relative[..., None] * product.right, 2, axis=(-2, -1)))
+    return largest + jnp.log(lapack.spectral_norm(relative[..., None] * product.right))
 
 
 def spectral_profile(
@@ -153,7 +153,7 @@ def _checked_lags(lags: Sequence[int] | None, num_steps: int) -> Array:
 
 @jax.jit
 def _all_values(log_scales: Array, remainder: Array, rows: Array) -> Array:
-    return products.over_batch(log_singular_values_of_rows, log_scales.ndim - 1)(log_scales, remainder, rows)
+    return jnp.vectorize(log_singular_values_of_rows, signature="(s),(s),(s,s)->(s)")(log_scales, remainder, rows)
 
 
 @functools.partial(jax.jit, static_argnames="wide")
@@ -167,7 +167,7 @@ def _profile_factors(jacobians: Array, lags: Array, wide: DType) -> tuple[Array,
         row_scales = jnp.concatenate([scales[1:], jnp.ones_like(scales[:1])])
 
         def columns(lag: Array, factors: Factors) -> Array:
-            return jnp.matmul(unscaled[lag - 1], factors.left, precision="highest")
+            return products.matmul(unscaled[lag - 1], factors.left)
 
         def advance(lag: Array, factors: Factors) -> Factors:
             return products.factor_columns(row_scales[lag - 1][:, None] * columns(lag, factors), factors)
@@ -181,10 +181,12 @@ def _profile_factors(jacobians: Array, lags: Array, wide: DType) -> tuple[Array,
         start = (jnp.zeros((), lags.dtype), products.diagonal_factors(scales[0]))
         _, factors = jax.lax.scan(at_lag, start, lags)
         factors = products.narrowed(factors, chain.dtype)
-        determinants = jnp.cumsum(jnp.linalg.slogdet(backwards)[1])[lags - 1].astype(chain.dtype)
+        determinants = jnp.cumsum(lapack.log_abs_det(backwards))[lags - 1].astype(chain.dtype)
         return factors.log_scales, factors.remainder, factors.right, determinants
 
-    return products.over_batch(single, jacobians.ndim - 3, in_axes=1, out_axes=1)(jacobians)
+    num_axes = jacobians.ndim - 3
+    factors = lapack.over_batch(single, jnp.moveaxis(jacobians, 0, num_axes), num_axes)
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, num_axes, 0), factors)
 
 
 @jax.jit
@@ -195,7 +197,7 @@ def _norm_profile(jacobians: Jacobians) -> Array:
         largest = jnp.abs(product).max(axis=(-2, -1), keepdims=True)
         product = product / jnp.where(largest > 0, largest, 1)
         log_scale, remainder = products.add(log_scale, remainder, jnp.log(largest[..., 0, 0]))
-        norm = log_scale + (remainder + jnp.log(jnp.linalg.norm(product, 2, axis=(-2, -1))))
+        norm = log_scale + (remainder + jnp.log(lapack.spectral_norm(product)))
         return (product, log_scale, remainder), norm
 
     num_steps, shape = jacobians.shape[0], jacobians.shape[1:]

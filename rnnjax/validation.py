@@ -74,7 +74,7 @@ def finite(name: str, tree: Any) -> None:
         # NumPy does not count bfloat16 among its floating-point types, and has no form for a random key.
         if is_concrete(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
-            if bad.size:
+            if len(bad):
                 index = tuple(int(i) for i in bad[0])
                 where = f"{name}{jax.tree_util.keystr(path)}{list(index)}"
                 raise ValueError(

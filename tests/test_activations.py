@@ -121,5 +121,5 @@ def test_a_function_is_taken_as_it_is():
 
 
 def test_unknown_names_are_refused_with_the_nearest_one():
-    with pytest.raises(ValueError, match="activation must be one of .*, got 'tahn'; did you mean 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation must be one of .*, got 'tahn'; did you mean 'tanh'"):
         make_activation("tahn")

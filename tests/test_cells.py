@@ -34,8 +34,8 @@ def logistic(a):
     return 1 / (1 + np.exp(-a))
 
 
-def gates(kernel, vector):
-    return [vector @ kernel[:, gate] for gate in range(kernel.shape[1])]
+def gates(vector, kernel, bias):
+    return [vector @ kernel[:, gate] + bias[gate] for gate in range(kernel.shape[1])]
 
 
 def vanilla_equations(p, h, x):
@@ -48,21 +48,19 @@ def leaky_equations(p, h, x):
 
 def lstm_equations(p, carry, x):
     h, c = carry
-    i, f, g, o = (u + r + b for u, r, b in zip(gates(p.input_kernel, x), gates(p.recurrent_kernel, h), p.bias))
+    i, f, g, o = np.add(gates(x, p.input_kernel, p.bias), gates(h, p.recurrent_kernel, np.zeros(4)))
     c = logistic(f) * c + logistic(i) * np.tanh(g)
     return logistic(o) * np.tanh(c), c
 
 
 def gru_equations(p, h, x):
-    u = [a + b for a, b in zip(gates(p.input_kernel, x), p.bias)]
-    r = [a + b for a, b in zip(gates(p.recurrent_kernel, h), p.recurrent_bias)]
+    u, r = gates(x, p.input_kernel, p.bias), gates(h, p.recurrent_kernel, p.recurrent_bias)
     reset, update = logistic(u[0] + r[0]), logistic(u[1] + r[1])
     return (1 - update) * np.tanh(u[2] + reset * r[2]) + update * h
 
 
 def minimal_gated_equations(p, h, x):
-    u = [a + b for a, b in zip(gates(p.input_kernel, x), p.bias)]
-    r = [a + b for a, b in zip(gates(p.recurrent_kernel, h), p.recurrent_bias)]
+    u, r = gates(x, p.input_kernel, p.bias), gates(h, p.recurrent_kernel, p.recurrent_bias)
     f = logistic(u[0] + r[0])
     return (1 - f) * h + f * np.tanh(u[1] + f * r[1])
 

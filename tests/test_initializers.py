@@ -106,5 +106,5 @@ def test_gains_must_be_positive_numbers(gain):
 
 
 def test_unknown_names_are_refused_with_the_nearest_one():
-    with pytest.raises(ValueError, match="initializer must be one of .*, got 'ortogonal'; did you mean 'orthogonal'"):
+    with pytest.raises(ValueError, match=r"initializer must be one of .*, got 'ortogonal'; did you mean 'orthogonal'"):
         make_initializer("ortogonal")

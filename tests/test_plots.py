@@ -19,7 +19,7 @@ FIGURES = [
     plots.spectrum_over_training,
     plots.training_curves,
 ]
-LABELS = ["vanilla, gain 0.5", "vanilla, gain 1", "vanilla, gain 2", "LSTM", "GRU", "leaky, chrono bias"]
+LABELS = ["vanilla, gain 0.5", "vanilla, gain 1", "vanilla, gain 2", "LSTM", "GRU", "minimal gated, chrono bias"]
 
 
 def make_run(slope, *, layers=2, moments=3, steps=12, sequences=3, units=5, metrics=40, seed=0):
@@ -296,6 +296,20 @@ def test_save_figure_takes_png_alone(tmp_path):
         plots.save_figure(plots.training_curves(make_runs(1)), "figure.svg")
     with pytest.raises(FileNotFoundError):
         plots.save_figure(plots.training_curves(make_runs(1)), tmp_path / "missing" / "figure.png")
+
+
+def test_many_singular_values_stay_a_small_file(tmp_path):
+    plots.save_figure(plots.singular_values_against_lag(make_runs(6, steps=64, units=64)), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size < 300_000
+
+
+def test_ticks_of_steps_and_lags_are_whole_numbers():
+    for plot in FIGURES:
+        axes = plot(make_runs(1, moments=1, steps=1, sequences=1, units=1, layers=1, metrics=1)).axes[0]
+        axes.figure.draw_without_rendering()
+        assert {float(tick) % 1 for tick in axes.get_xticks()} == {0.0}
+    heat_map = plots.spectrum_over_training(make_runs(1, steps=2)).axes[0]
+    assert {float(tick) % 1 for tick in heat_map.get_yticks()} == {0.0}
 
 
 def test_colours_survive_the_palette(tmp_path):
