@@ -53,6 +53,7 @@ def run(config: RunConfig, workdir: Workdir, *, tensorboard: bool = False) -> in
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
+    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         config = options.config_from_flags()

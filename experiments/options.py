@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from rnnjax.configuration import CHOICES, RunConfig
 
@@ -72,3 +72,8 @@ def no_arguments(argv: Sequence[str]) -> None:
     """Raises ValueError if the command line has words that are not flags, which absl would pass over."""
     if len(argv) > 1:
         raise ValueError(f"settings are given as --name=value, got {' '.join(argv[1:])!r}")
+
+
+def quiet_logging() -> None:
+    """Leaves out what JAX logs about accelerators that are not there, which absl would print."""
+    logging.set_verbosity(logging.WARNING)

@@ -14,10 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rnnjax.clipping import clipping_state
 from rnnjax.configuration import RunConfig
-from rnnjax.diagnosis import classify_regime
 from rnnjax.metrics import MetricsWriter, read_metrics
 from rnnjax.models import RecurrentNetwork, layer_views
-from rnnjax.monitor import stacked
+from rnnjax.monitor import Reading, stacked
 from rnnjax.singular_values import spectral_profile
 from rnnjax.tasks import Task
 from rnnjax.train import FitResult, fit
@@ -123,14 +122,13 @@ def _spread_lags(num_steps: int) -> np.ndarray:
 def _row(name: str, result: FitResult, task: Task, seconds: float) -> dict[str, Any]:
     clipping = clipping_state(result.state.opt_state)
     row: dict[str, Any] = {"network": name}
-    if result.readings:
-        norms = result.readings[-1].log_spectral_norms[-1]
-        regime = classify_regime(norms[-1], len(norms))
+    for moment, reading in zip(("start", "end"), _first_and_last(result.readings), strict=False):
+        regime = reading.regimes()[-1]
         row |= {
-            "regime": regime.name,
-            "exponent [nats/step]": regime.exponent,
-            "± s.e.": regime.standard_error,
-            f"log norm at lag {len(norms)} [nats]": regime.log_spectral_norm,
+            f"regime, {moment}": regime.name,
+            f"exponent, {moment} [nats/step]": regime.exponent,
+            f"± s.e., {moment}": regime.standard_error,
+            f"log norm at lag {task.sequence_length}, {moment} [nats]": regime.log_spectral_norm,
         }
     return row | {
         "test accuracy": result.evaluations[-1]["accuracy"] if result.evaluations else math.nan,
@@ -139,6 +137,10 @@ def _row(name: str, result: FitResult, task: Task, seconds: float) -> dict[str, 
         "monitor overhead": result.timing.monitor_overhead(),
         "seconds": seconds,
     }
+
+
+def _first_and_last(readings: list[Reading]) -> list[Reading]:
+    return [readings[0], readings[-1]] if readings else []
 
 
 def _progress() -> Progress:

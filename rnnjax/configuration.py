@@ -1,11 +1,13 @@
 """One training run as a frozen record, and the objects it stands for."""
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 
 import optax
 from flax import nnx
+from optax import GradientTransformationExtraArgs
 
 from rnnjax import validation
 from rnnjax.activations import ACTIVATIONS
@@ -93,12 +95,16 @@ class RunConfig:
             validation.positive_integer(name, getattr(self, name))
         if self.length is not None:
             validation.positive_integer("length", self.length)
-        for name in ("truncation", "monitor_every", "seed"):
+        for name in ("truncation", "monitor_every"):
             validation.non_negative_integer(name, getattr(self, name))
+        validation.integer_between("seed", self.seed, 0, 2**32 - 1)
         for name in ("gain", "learning_rate"):
             validation.positive_number(name, getattr(self, name))
         for name in ("clip_norm", "clip_value"):
             validation.number_between(name, getattr(self, name), 0, sys.float_info.max)
+        validation.number_between("leak", self.leak, 0, 1, open_low=True)
+        if self.forget_bias is not None:
+            validation.number_between("forget_bias", self.forget_bias, -sys.float_info.max, sys.float_info.max)
 
     def make_cell(self) -> AffineCell:
         """Returns the cell; settings that its kind does not have are left out."""
@@ -115,7 +121,10 @@ class RunConfig:
             return make_task(self.task)
         if self.task not in _LENGTH_SETTINGS:
             raise ValueError(f"length is fixed for task {self.task!r} and must be left out, got {self.length}")
-        return make_task(self.task, **{_LENGTH_SETTINGS[self.task]: self.length})
+        try:
+            return make_task(self.task, **{_LENGTH_SETTINGS[self.task]: self.length})
+        except ValueError as error:
+            raise ValueError(f"length does not suit task {self.task!r}: {error}") from error
 
     def make_network(self, task: Task) -> RecurrentNetwork:
         """Returns the network for ``task``, with initial weights drawn from the seed."""
@@ -130,10 +139,9 @@ class RunConfig:
             rngs=nnx.Rngs(self.seed),
         )
 
-    def make_optimizer(self) -> optax.GradientTransformation:
+    def make_optimizer(self) -> GradientTransformationExtraArgs:
         """Returns the optimiser behind clipping."""
-        optimizer = OPTIMIZERS[self.optimizer](self.learning_rate)
-        return clipped(optimizer, max_norm=self.clip_norm or None, max_value=self.clip_value or None)
+        return _make_optimizer(self.optimizer, self.learning_rate, self.clip_norm, self.clip_value)
 
     def make_monitor(self) -> Monitor | None:
         """Returns the monitor, or None where ``monitor_every`` is 0."""
@@ -148,3 +156,11 @@ class RunConfig:
             truncation=self.truncation or None,
             seed=self.seed,
         )
+
+
+@functools.cache
+def _make_optimizer(
+    name: str, learning_rate: float, clip_norm: float, clip_value: float
+) -> GradientTransformationExtraArgs:
+    """Returns the same object for the same settings, so that runs share the compiled training step."""
+    return clipped(OPTIMIZERS[name](learning_rate), max_norm=clip_norm or None, max_value=clip_value or None)

@@ -55,7 +55,8 @@ def classify_regime(log_spectral_norms: ArrayLike, num_steps: int) -> Regime:
     norms = np.asarray(log_spectral_norms, np.float64)
     if norms.ndim != 1 or norms.size == 0:
         raise ValueError(f"log_spectral_norms must have shape [n] with n ≥ 1, got {norms.shape}")
-    mean = float(norms.mean())
+    with np.errstate(invalid="ignore"):  # inf − inf
+        mean = float(norms.mean())
     if math.isnan(mean) or mean == math.inf:
         return Regime("non-finite", mean / num_steps, math.nan, mean)
     spread = norms if norms.size > 1 and np.isfinite(norms).all() else None

@@ -27,10 +27,11 @@ class LyapunovResult:
     Attributes:
       exponents: ``[..., k]`` nats per step, descending; −inf where rank is lost.
       standard_errors: ``[..., k]`` nats per step, from the means of up to 20 consecutive blocks (batch means), which
-        allows for the correlation of neighbouring steps; NaN with fewer than 2 steps.
-      convergence_drift: ``[..., k]`` nats per step, exponents of the second half minus those of all steps.
+        allows for the correlation of neighbouring steps; NaN with fewer than 2 steps, or where rank is lost.
+      convergence_drift: ``[..., k]`` nats per step, exponents of the second half minus those of all steps; NaN where
+        rank is lost.
       kaplan_yorke_dimension: ``[...]``, the dimension of the attractor (Kaplan & Yorke 1979); NaN when the exponents
-        computed do not suffice.
+        computed do not suffice, S when all S of them do not sum to less than 0.
       local_exponents: ``[T', ..., k]`` nats, log|R_ii| of each step after the transient.
     """
 
@@ -87,19 +88,20 @@ def lyapunov_spectrum(
     validation.integer_between("num_transient", num_transient, 0, num_steps - 1)
     frame = random_frame(jax.random.key(0) if key is None else key, jacobians, count)
     _, local = frame_growth(jacobians, frame)
-    return _summarized(local[num_transient:])
+    return _summarized(local[num_transient:], size)
 
 
-def kaplan_yorke_dimension(exponents: Array) -> Array:
+def kaplan_yorke_dimension(exponents: Array, state_size: int | None = None) -> Array:
     """Returns the Kaplan–Yorke dimension j + Σ_{i≤j} λ_i / |λ_{j+1}|.
 
     Here j is the largest number of leading exponents whose sum is not negative.
 
     Args:
       exponents: ``[..., k]``, descending.
+      state_size: S, if known: with all S exponents and a sum that never becomes negative, the dimension is S.
 
     Returns:
-      ``[...]``; NaN where the sum never becomes negative, since then more exponents are needed.
+      ``[...]``; NaN where the sum never becomes negative and more exponents are needed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,7 +115,9 @@ def kaplan_yorke_dimension(exponents: Array) -> Array:
     previous = jnp.where(below > 0, jnp.take_along_axis(sums, jnp.maximum(below - 1, 0), axis=-1), 0)
     next_exponent = jnp.take_along_axis(exponents, below, axis=-1)
     dimension = below.astype(exponents.dtype) + previous / jnp.abs(next_exponent)
-    return jnp.where(jnp.any(sums < 0, axis=-1), dimension[..., 0], jnp.nan)
+    most = float(exponents.shape[-1]) if exponents.shape[-1] == state_size else jnp.nan
+    whole_space = jnp.where(sums[..., -1] >= 0, most, jnp.nan)
+    return jnp.where(jnp.any(sums < 0, axis=-1), dimension[..., 0], whole_space)
 
 
 def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | None = None) -> Array:
@@ -169,7 +173,7 @@ def _frame_growth(jacobians: Jacobians, frame: Array, backward: bool) -> tuple[A
     return jax.lax.scan(step, frame, jnp.arange(jacobians.shape[0]), reverse=backward)
 
 
-def _summarized(local: Array) -> LyapunovResult:
+def _summarized(local: Array, state_size: int) -> LyapunovResult:
     mean = local.mean(axis=0)
     order = jnp.argsort(-mean, axis=-1)
     local = jnp.take_along_axis(local, jnp.broadcast_to(order[None], local.shape), axis=-1)
@@ -178,16 +182,16 @@ def _summarized(local: Array) -> LyapunovResult:
         exponents=exponents,
         standard_errors=_standard_errors(local),
         convergence_drift=local[len(local) // 2 :].mean(axis=0) - exponents,
-        kaplan_yorke_dimension=kaplan_yorke_dimension(exponents),
+        kaplan_yorke_dimension=kaplan_yorke_dimension(exponents, state_size),
         local_exponents=local,
     )
 
 
 def _standard_errors(local: Array) -> Array:
-    """Standard error of the mean over axis 0 by batch means."""
+    """Standard error of the mean over axis 0 by batch means; steps that fill no block count in the mean alone."""
     num_blocks = min(_NUM_BATCH_MEANS, len(local))
     if num_blocks < 2:
         return jnp.full(local.shape[1:], jnp.nan, local.dtype)
     length = len(local) // num_blocks
     means = local[-num_blocks * length :].reshape(num_blocks, length, *local.shape[1:]).mean(axis=1)
-    return means.std(axis=0, ddof=1) / num_blocks**0.5
+    return means.std(axis=0, ddof=1) * (length / len(local)) ** 0.5

@@ -1,5 +1,6 @@
 """Networks as Flax NNX modules around the functional cells: embedding or features, recurrent layers, readout."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from flax import nnx
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, CellParams
+from rnnjax.initializers import Glorot, Orthogonal
 from rnnjax.monitor import LayerView
 from rnnjax.typing import Array, Carry, DType
 from rnnjax.unroll import unroll
@@ -27,7 +29,9 @@ class RecurrentLayer(nnx.Module):
 
     def __init__(self, cell: AffineCell, input_size: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs) -> None:
         params = cell.init(rngs.params(), input_size, dtype)
-        self.cell = cell
+        # Once weights are drawn the initialisers matter no more: without them, networks that differ in nothing else share
+        # their compiled code.
+        self.cell = dataclasses.replace(cell, input_initializer=Glorot(), recurrent_initializer=Orthogonal())
         self.input_kernel = nnx.Param(params.input_kernel)
         self.recurrent_kernel = nnx.Param(params.recurrent_kernel)
         self.bias = nnx.Param(params.bias)
@@ -92,11 +96,13 @@ class RecurrentNetwork(nnx.Module):
         validation.positive_integer("output_size", output_size)
         self.readout = validation.one_of("readout", readout, ("last", "every"))
         self.skip_connections = skip_connections
-        self.embedding = None
+        embedding = None
         if vocabulary_size is not None:
-            input_size = cell.hidden_size if embedding_size is None else embedding_size
             tokens = validation.positive_integer("vocabulary_size", vocabulary_size)
-            self.embedding = nnx.Embed(tokens, input_size, param_dtype=dtype, rngs=rngs)
+            wanted = cell.hidden_size if embedding_size is None else embedding_size
+            input_size = validation.positive_integer("embedding_size", wanted)
+            embedding = nnx.Embed(tokens, input_size, param_dtype=dtype, rngs=rngs)
+        self.embedding = embedding
         sizes = [validation.positive_integer("input_size", input_size)] + [cell.hidden_size] * (num_layers - 1)
         self.layers = nnx.List([RecurrentLayer(cell, size, dtype=dtype, rngs=rngs) for size in sizes])
         self.output = nnx.Linear(cell.hidden_size, output_size, dtype=dtype, param_dtype=dtype, rngs=rngs)

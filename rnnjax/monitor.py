@@ -152,7 +152,8 @@ def _measure_layer(layer: LayerView, num_exponents: int) -> dict[str, Array]:
 
 def _saturated_share(cell: AffineCell, jacobians: StructuredJacobians) -> Array:
     response = jnp.abs(jacobians.recurrent_derivatives).max(axis=(-3, -2))
-    return jnp.mean(response < SATURATION * cell.max_slope)
+    saturated = (response < SATURATION * cell.max_slope).astype(response.dtype)
+    return jnp.mean(jnp.where(jnp.isnan(response), response, saturated))
 
 
 def _kernel_spectra(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

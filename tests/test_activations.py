@@ -33,7 +33,7 @@ DERIVATIVES = {
 SECOND_DERIVATIVES = {
     "tanh": lambda a: -2 * mpmath.tanh(a) * mpmath.sech(a) ** 2,
     "sigmoid": lambda a: -mpmath.tanh(a / 2) / (4 * mpmath.cosh(a / 2) ** 2),
-    "elu": lambda a: mpmath.exp(a) if a < 0 else 0,
+    "elu": lambda a: mpmath.exp(a) if a <= 0 else 0,
     "softplus": lambda a: 1 / (4 * mpmath.cosh(a / 2) ** 2),
 }
 

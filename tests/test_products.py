@@ -35,7 +35,7 @@ def total_scales(product):
     return np.asarray(product.log_scales, np.float64) + np.asarray(product.log_scales_remainder, np.float64)
 
 
-@pytest.mark.parametrize(("num_steps", "size"), [(1, 1), (1, 5), (2, 2), (7, 1), (7, 5), (7, 6)])
+@pytest.mark.parametrize(("num_steps", "size"), [(1, 5), (2, 2), (7, 1), (7, 6)])
 def test_factors_multiply_back_to_the_product(num_steps, size, dtype):
     chain = gaussian_chain(num_steps, size, dtype)
     product = factor_product(chain)

@@ -58,14 +58,14 @@ CHAINS = {  # Chains of one shape share one compiled program.
         jax.random.key(0), 1000, 4, condition_number=900.0, dtype=dtype
     ),
     "condition 30": lambda dtype: testing.chain_of_steps(
-        jax.random.key(1), 300, 6, condition_number=30.0, gain=2.0, dtype=dtype
+        jax.random.key(1), 200, 6, condition_number=30.0, gain=2.0, dtype=dtype
     ),
-    "Gaussian": lambda dtype: gaussian(300, 6, dtype),
-    "near identity": lambda dtype: near_identity(300, 6, dtype),
+    "Gaussian": lambda dtype: gaussian(200, 6, dtype),
+    "near identity": lambda dtype: near_identity(200, 6, dtype),
     "saturated tanh": lambda dtype: network_jacobians(rnnjax.VanillaCell(12), 200, dtype, 2, 3.0),
-    "LSTM": lambda dtype: network_jacobians(rnnjax.LSTMCell(3), 300, dtype, 3, 1.0),
-    "GRU": lambda dtype: network_jacobians(rnnjax.GRUCell(6), 300, dtype, 4, 2.0),
-    "ReLU": lambda dtype: network_jacobians(rnnjax.VanillaCell(6, activation="relu"), 300, dtype, 6, 1.5),
+    "LSTM": lambda dtype: network_jacobians(rnnjax.LSTMCell(3), 200, dtype, 3, 1.0),
+    "GRU": lambda dtype: network_jacobians(rnnjax.GRUCell(6), 200, dtype, 4, 2.0),
+    "ReLU": lambda dtype: network_jacobians(rnnjax.VanillaCell(6, activation="relu"), 200, dtype, 6, 1.5),
 }
 
 
@@ -74,7 +74,7 @@ def test_all_singular_values_are_those_of_exact_arithmetic(name, dtype):
     chain = CHAINS[name](dtype)
     exact = testing.exact_log_singular_values(np.asarray(chain))
     assert worst(logs(chain), exact) < LIMIT[dtype.name]
-    if dtype == np.float32 and len(chain) == 300:
+    if dtype == np.float32 and chain.shape[-1] == 6:
         assert worst(logs(chain, "float32"), exact) < LIMIT["float32"]
 
 
@@ -132,13 +132,13 @@ def test_dead_units_lose_exactly_their_rank_and_harm_no_other(dead, transposed, 
 
 
 def test_invariants_of_any_chain(dtype):
-    chain = gaussian(300, 6, dtype, 7)
+    chain = gaussian(200, 6, dtype, 7)
     values, norm, log_abs_det = map(np.asarray, spectrum(chain))
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=LIMIT[dtype.name])
     assert (np.diff(values) <= 0).all()
     close(np.sum(values, dtype=np.float64), log_abs_det)
     close(norm, values[0])
-    close(logs(chain * 4), values + 300 * math.log(4))
+    close(logs(chain * 4), values + 200 * math.log(4))
     close(logs(jnp.swapaxes(chain[::-1], 1, 2)), values)
     assert np.abs(logs(chain[::-1]) - values).max() > 0.1
     rotation = jnp.asarray(orthogonal(6), dtype)
@@ -166,7 +166,7 @@ PROFILED = {
 }
 
 
-def profiled(name, dtype, batch_shape=(), num_steps=40):
+def profiled(name, dtype, batch_shape=(), num_steps=24):
     cell = PROFILED[name]
     maker = cell if name != "step" else PROFILED["tanh"]
     params = jax.tree.map(lambda a: 1.5 * a, maker.init(jax.random.key(1), 4, dtype))
@@ -182,26 +182,26 @@ def test_profiles_are_the_products_of_the_last_steps(name, dtype):
     path = rnnjax.trajectory(cell, params, inputs)
     jacobians = rnnjax.step_jacobians(cell, params, path)
     profile = rnnjax.spectral_profile(cell, params, inputs)
-    norms = rnnjax.spectral_norm_profile(jacobian_operator(cell, params, path))
-    np.testing.assert_array_equal(profile.lags, np.arange(1, 41))
+    norms = rnnjax.spectral_norm_profile(jax.jit(jacobian_operator)(cell, params, path))
+    np.testing.assert_array_equal(profile.lags, np.arange(1, 25))
     # One product for each lag, all in one batch: earlier steps are replaced by the identity.
-    is_last = np.arange(40)[:, None] >= 40 - np.asarray(profile.lags)
+    is_last = np.arange(24)[:, None] >= 24 - np.asarray(profile.lags)
     products = jnp.where(is_last[..., None, None], jacobians[:, None], jnp.eye(4, dtype=dtype)[None, None])
     separate, separate_norms, log_abs_det = spectrum(products)
     assert worst(profile.log_singular_values, np.asarray(separate, np.float64)) < LIMIT[dtype.name] / 10
     assert worst(profile.log_abs_det, np.asarray(log_abs_det, np.float64)) < LIMIT[dtype.name] / 10
     assert worst(norms, np.asarray(separate_norms, np.float64)) < LIMIT[dtype.name] / 10
     assert worst(rnnjax.spectral_norm_profile(jacobians), np.asarray(norms, np.float64)) < LIMIT[dtype.name] / 10
-    for lag in (1, 2, 17, 40):
-        exact = testing.exact_log_singular_values(np.asarray(jacobians[40 - lag :]))
+    for lag in (1, 2, 13, 24):
+        exact = testing.exact_log_singular_values(np.asarray(jacobians[24 - lag :]))
         assert worst(profile.log_singular_values[lag - 1], exact) < LIMIT[dtype.name]
 
 
 def test_chosen_lags_are_those_of_the_whole_profile(dtype):
-    cell, params, inputs = profiled("lstm", dtype, (2,))
+    cell, params, inputs = profiled("lstm", dtype)
     whole = rnnjax.spectral_profile(cell, params, inputs)
-    assert whole.log_singular_values.shape == (40, 2, 4)
-    for lags in ([7, 40], (9, 2), np.array([1, 2]), jnp.array([40, 39])):
+    assert whole.log_singular_values.shape == (24, 4)
+    for lags in ([7, 24], (9, 2), np.array([1, 2]), jnp.array([24, 23])):
         chosen = rnnjax.spectral_profile(cell, params, inputs, lags=lags)
         order = np.sort(np.asarray(lags))
         np.testing.assert_array_equal(chosen.lags, order)
@@ -212,12 +212,14 @@ def test_chosen_lags_are_those_of_the_whole_profile(dtype):
 
 def test_profiles_work_inside_other_transformations():
     cell, params, inputs = profiled("tanh", np.float32, (3,), 10)
-    expected = rnnjax.spectral_profile(cell, params, inputs, lags=[2, 10])
-    compiled = jax.jit(lambda p, x: rnnjax.spectral_profile(cell, p, x, lags=[2, 10]))(params, inputs)
     profile = jax.jit(lambda x: rnnjax.spectral_profile(cell, params, x, lags=[2, 10]).log_singular_values)
-    for values in (compiled.log_singular_values, jax.vmap(profile, 1, 1)(inputs)):
+    jacobians = rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs))
+    for values in (profile(inputs), jax.vmap(profile, 1, 1)(inputs)):
         assert values.dtype == jnp.float32
-        np.testing.assert_allclose(values, expected.log_singular_values, rtol=1e-5, atol=1e-5)
+        for index, lag in enumerate([2, 10]):
+            chains = np.moveaxis(np.asarray(jacobians[10 - lag :]), 1, 0)
+            exact = np.array([testing.exact_log_singular_values(chain) for chain in chains])
+            assert worst(values[index], exact) < 1e-5
     assert not jax.config.jax_enable_x64
 
 
@@ -235,7 +237,7 @@ def test_norm_profiles_keep_their_precision_over_many_steps():
     [
         ([0], "lags must be a positive integer, got 0"),
         ([1.5], "lags must be a positive integer, got 1.5"),
-        ([2, 41], r"lags must be distinct numbers of steps in \[1, 40\], got \[2, 41\]"),
+        ([2, 25], r"lags must be distinct numbers of steps in \[1, 24\], got \[2, 25\]"),
         ([3, 3], "lags must be distinct"),
         ([], "lags must be distinct"),
     ],
@@ -248,7 +250,7 @@ def test_bad_lags_are_refused(lags, message):
 def test_bad_numbers_are_refused_wherever_they_enter():
     cell, params, inputs = profiled("tanh", np.float32)
     chain = rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs))
-    operator = jacobian_operator(cell, params, rnnjax.trajectory(cell, params, inputs))
+    operator = jax.jit(jacobian_operator)(cell, params, rnnjax.trajectory(cell, params, inputs))
     with pytest.raises(ValueError, match="matrices must be finite, got a NaN or an overflow at time step 9"):
         rnnjax.spectral_norm_profile(chain.at[9, 0, 0].set(np.nan))
     operator = operator.replace(recurrent_kernel=operator.recurrent_kernel.at[1, 0, 2].set(np.nan))

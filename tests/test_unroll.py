@@ -112,7 +112,7 @@ def label(value):
 @pytest.mark.parametrize(
     ("name", "options"),
     [("lstm", options) for options in OPTIONS]
-    + [(name, options) for name in CELLS if name != "lstm" for options in (OPTIONS[0], *OPTIONS[-2:])],
+    + [(name, options) for name in CELLS if name != "lstm" for options in (OPTIONS[0], OPTIONS[-1])],
     ids=label,
 )
 def test_values_and_gradients_are_those_of_a_plain_loop(name, options):
@@ -124,7 +124,7 @@ def test_values_and_gradients_are_those_of_a_plain_loop(name, options):
         assert_trees_close(gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("name", ["lstm", "step"])
+@pytest.mark.parametrize(("name", "dtype"), [("lstm", "float32"), ("step", "float64")], indirect=["dtype"])
 def test_batch_axes_are_independent_sequences(name, dtype):
     cell, params, inputs, carry = arrays(name, (2, 3), dtype)
     lengths, resets = np.array([[0, 1, 2], [3, 4, 4]]), np.arange(T * 6).reshape(T, 2, 3) % 4 == 1
@@ -244,7 +244,7 @@ def test_unroll_does_not_retrace_and_works_under_jit(monkeypatch):
     assert len(traced) == 1
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ["gru", "lstm", "step"])
 def test_trajectory_is_every_carry_that_unroll_passes(name, dtype):
     cell, params, inputs, carry = arrays(name, (B,), dtype)
     path = rnnjax.trajectory(cell, params, inputs, carry)
