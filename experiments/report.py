@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.runs import load_run
+from experiments.runs import TABLE_CAPTION, load_run
 from rnnjax import plots
 from rnnjax.workdir import Workdir
 
@@ -25,7 +25,7 @@ def write_report(workdir: Workdir, directories: Mapping[str, str], rows: Sequenc
       directories: label of each run, and its directory below ``workdir``.
       rows: the table.
     """
-    sys.stdout.write("\n" + workdir.write_table("table", rows) + "\n\n")
+    sys.stdout.write(f"\n{workdir.write_table('table', rows)}\n\n{TABLE_CAPTION}\n")
     runs = {label: load_run(workdir.path / directory) for label, directory in directories.items()}
     measured = {label: arrays for label, arrays in runs.items() if "steps" in arrays}
     for name, draw in FIGURES.items():

@@ -4,6 +4,7 @@ from rnnjax import activations, initializers
 from rnnjax.cells import AffineCell, Cell, CellParams, GRUCell, LeakyCell, LSTMCell, StepCell, VanillaCell
 from rnnjax.clipping import ClippedState, clipped, clipping_state
 from rnnjax.jacobians import StructuredJacobians, autodiff_step_jacobians, step_jacobians, structured_jacobians
+from rnnjax.lyapunov import LyapunovResult, kaplan_yorke_dimension, lyapunov_spectrum
 from rnnjax.products import FactoredProduct, factor_product
 from rnnjax.singular_values import (
     SpectralProfile,
@@ -25,6 +26,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "LeakyCell",
+    "LyapunovResult",
     "SpectralProfile",
     "StepCell",
     "StructuredJacobians",
@@ -36,8 +38,10 @@ __all__ = [
     "clipping_state",
     "factor_product",
     "initializers",
+    "kaplan_yorke_dimension",
     "log_singular_values",
     "log_spectral_norm",
+    "lyapunov_spectrum",
     "spectral_norm_profile",
     "spectral_profile",
     "step_jacobians",

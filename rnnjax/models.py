@@ -29,8 +29,8 @@ class RecurrentLayer(nnx.Module):
 
     def __init__(self, cell: AffineCell, input_size: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs) -> None:
         params = cell.init(rngs.params(), input_size, dtype)
-        # Once weights are drawn the initialisers matter no more: without them, networks that differ in nothing else share
-        # their compiled code.
+        # Once weights are drawn the initialisers matter no more: without them, networks that differ in nothing else
+        # share their compiled code.
         self.cell = dataclasses.replace(cell, input_initializer=Glorot(), recurrent_initializer=Orthogonal())
         self.input_kernel = nnx.Param(params.input_kernel)
         self.recurrent_kernel = nnx.Param(params.recurrent_kernel)
@@ -125,7 +125,14 @@ class RecurrentNetwork(nnx.Module):
 
         Returns:
           ``[B, O]`` or ``[T, B, O]``.
+
+        Raises:
+          ValueError: inputs or options that ``unroll`` would refuse, another number of perturbations than layers.
         """
+        if perturbations is not None and len(perturbations) != len(self.layers):
+            raise ValueError(
+                f"perturbations must be one array for each of the {len(self.layers)} layers, got {len(perturbations)}"
+            )
         features = self._features(inputs)
         for index, layer in enumerate(self.layers):
             perturbation = None if perturbations is None else perturbations[index]
@@ -145,7 +152,10 @@ class RecurrentNetwork(nnx.Module):
         return views
 
     def _features(self, inputs: Array) -> Array:
-        return inputs if self.embedding is None else self.embedding(inputs)
+        if self.embedding is None:
+            return inputs
+        validation.tokens("inputs", inputs, self.embedding.num_embeddings)
+        return self.embedding(inputs)
 
     def _with_skip(self, index: int, inputs: Array, outputs: Array) -> Array:
         return inputs + outputs if self.skip_connections and index > 0 else outputs

@@ -19,6 +19,7 @@ from rnnjax.clipping import clipping_state
 from rnnjax.metrics import MetricsWriter
 from rnnjax.models import RecurrentNetwork, layer_views, zero_perturbations
 from rnnjax.monitor import Monitor, Reading
+from rnnjax.progress import TrainingProgress
 from rnnjax.tasks import Batch, Task
 from rnnjax.typing import Array
 
@@ -224,8 +225,9 @@ def fit(
     monitor: Monitor | None = None,
     metrics: MetricsWriter | None = None,
     on_step: Callable[[int, dict[str, Any]], None] | None = None,
+    label: str = "training",
 ) -> FitResult:
-    """Trains a network, measuring beside it; Ctrl-C ends training and keeps everything so far.
+    """Trains a network behind a progress bar, measuring beside it; Ctrl-C ends training and keeps everything so far.
 
     Args:
       network: the network; it is left as it is, trained weights are in the result's state.
@@ -234,7 +236,8 @@ def fit(
       settings: how long and on what to train.
       monitor: what to measure, and when; None for nothing.
       metrics: where a line a step is written; None for nowhere.
-      on_step: called after each step with its number and metrics, for a progress bar.
+      on_step: called after each step with its number and metrics.
+      label: what the progress bar says is trained.
 
     Returns:
       The ``FitResult``.
@@ -243,17 +246,19 @@ def fit(
     held_out = task.evaluation_batch(settings.seed)
     result = FitResult(create_state(network, optimizer))
     start = time.monotonic()
-    try:
-        for step in range(settings.steps):
-            row = _one_step(graph, task, optimizer, settings, monitor, result, step)
-            if (step + 1) % settings.evaluate_every == 0 or step == settings.steps - 1:
-                row |= _evaluation(graph, task, held_out, result, step + 1)
-            if metrics is not None:
-                metrics.write(step, seconds=time.monotonic() - start, **row)
-            if on_step is not None:
-                on_step(step, row)
-    except KeyboardInterrupt:
-        result.interrupted = True
+    with TrainingProgress(label, settings.steps) as progress:
+        try:
+            for step in range(settings.steps):
+                row = _one_step(graph, task, optimizer, settings, monitor, result, step)
+                if (step + 1) % settings.evaluate_every == 0 or step == settings.steps - 1:
+                    row |= _evaluation(graph, task, held_out, result, step + 1)
+                if metrics is not None:
+                    metrics.write(step, seconds=time.monotonic() - start, **row)
+                progress.update(step, row)
+                if on_step is not None:
+                    on_step(step, row)
+        except KeyboardInterrupt:
+            result.interrupted = True
     return result
 
 

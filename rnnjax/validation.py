@@ -113,10 +113,9 @@ def shape(name: str, array: Any, expected: tuple[int | None, ...]) -> None:
 
 def same_shapes(name: str, tree: Any, expected: Any) -> None:
     """Raises ValueError unless ``tree`` has the structure and the leaf shapes of ``expected``."""
-    if jax.tree.structure(tree) != jax.tree.structure(expected):
-        raise ValueError(
-            f"{name} must have the structure {jax.tree.structure(expected)}, got {jax.tree.structure(tree)}"
-        )
+    actual_structure, structure = str(jax.tree.structure(tree)), str(jax.tree.structure(expected))
+    if actual_structure != structure:
+        raise ValueError(f"{name} must have the structure {structure}, got {actual_structure}")
     for (path, leaf), wanted in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
         shape(name + jax.tree_util.keystr(path), leaf, wanted.shape)
 
@@ -133,6 +132,17 @@ def time_major(name: str, array: Any, features: int | None) -> None:
         raise ValueError(f"{name} must have at least one time step, got shape {actual}")
     if features is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
         raise ValueError(f"{name} must be floating point, got dtype {jnp.result_type(array)}")
+
+
+def tokens(name: str, value: Any, vocabulary_size: int) -> None:
+    """Raises ValueError unless ``value`` holds whole numbers in [0, vocabulary_size), ``[T, B]`` with T ≥ 1."""
+    if jnp.ndim(value) != 2 or jnp.shape(value)[0] == 0 or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+        raise ValueError(f"{name} must be whole-number tokens [T, B] with T ≥ 1, got {kind}")
+    if is_concrete(value):
+        bad = np.asarray(value)[(np.asarray(value) < 0) | (np.asarray(value) >= vocabulary_size)]
+        if bad.size:
+            raise ValueError(f"{name} must be tokens in [0, {vocabulary_size}), got {bad.flat[0]}")
 
 
 def lengths(name: str, value: Any, batch_shape: tuple[int, ...], num_steps: int) -> None:

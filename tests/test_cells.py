@@ -79,7 +79,7 @@ def random_arrays(cell, batch_shape=(), dtype=np.float32, seed=0):
     """Weights (biases too), a carry and inputs, all random, drawn by NumPy."""
     rng = np.random.default_rng(seed)
     random = lambda shape: jnp.asarray(rng.normal(size=shape) * 0.8, dtype)  # noqa: E731
-    params = jax.tree.map(lambda leaf: random(leaf.shape), cell.init(jax.random.key(0), D))
+    params = jax.tree.map(lambda leaf: random(leaf.shape), jax.eval_shape(lambda: cell.init(jax.random.key(0), D)))
     carry = jax.tree.map(lambda leaf: random(leaf.shape), cell.initialize_carry(batch_shape))
     return params, carry, random((*batch_shape, D))
 

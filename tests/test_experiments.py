@@ -60,10 +60,10 @@ def test_gradient_regimes_table_rests_on_the_arrays(regimes):
     assert list(rows) == list(gradient_regimes.NETWORKS)
     arrays = Workdir(regimes / "lstm").load_arrays("monitor")
     at_longest_lag = arrays["log_spectral_norms"][-1, -1, -1].mean()
-    assert float(rows["LSTM"]["log norm at lag 11, end [nats]"]) == pytest.approx(at_longest_lag, rel=1e-6)
-    assert float(rows["LSTM"]["exponent, end [nats/step]"]) == pytest.approx(at_longest_lag / 11, rel=1e-6)
+    assert float(rows["LSTM"]["log σ₁ after"]) == pytest.approx(at_longest_lag, rel=1e-6)
+    assert float(rows["LSTM"]["λ₁ after"]) == pytest.approx(at_longest_lag / 11, rel=1e-6)
     last = read_metrics(regimes / "lstm" / "metrics.jsonl")[-1]
-    assert float(rows["LSTM"]["test accuracy"]) == last["held_out_accuracy"]
+    assert float(rows["LSTM"]["accuracy"]) == last["held_out_accuracy"]
 
 
 def test_gain_orders_the_regimes_at_the_start(regimes):

@@ -33,7 +33,7 @@ def random_like(tree, seed, dtype, scale=1.0):
 def path(name, batch_shape, dtype, scale=0.7):
     """A cell, its random weights (biases too) and a trajectory from a random state."""
     cell = CELLS[name]
-    params = random_like(cell.init(jax.random.key(0), D), 1, dtype, scale)
+    params = random_like(jax.eval_shape(lambda: cell.init(jax.random.key(0), D)), 1, dtype, scale)
     inputs = random_like(np.empty((T, *batch_shape, D)), 2, dtype)
     carry = random_like(cell.initialize_carry(batch_shape), 3, dtype)
     return cell, params, rnnjax.trajectory(cell, params, inputs, carry)

@@ -47,6 +47,7 @@ LAYOUT = [
     "rnnjax.workdir",
     "rnnjax.metrics",
     "rnnjax.monitor",
+    "rnnjax.progress",
     "rnnjax.models",
     "rnnjax.train",
     "rnnjax.configuration",

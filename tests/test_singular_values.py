@@ -39,7 +39,7 @@ def network_jacobians(cell, num_steps, dtype, seed, scale):
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale / np.sqrt(cell.hidden_size), dtype),
-        cell.init(jax.random.key(0), 2),
+        jax.eval_shape(lambda: cell.init(jax.random.key(0), 2)),
     )
     inputs = jnp.asarray(rng.normal(size=(num_steps, 2)), dtype)
     return rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs))

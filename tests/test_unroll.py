@@ -51,7 +51,7 @@ def arrays(name, batch_shape, dtype=np.float64):
         example = jax.tree.map(lambda leaf: leaf.astype(dtype), cell.example_carry)
         cell = rnnjax.StepCell(normalized_step, example)
     else:
-        params = cell.init(jax.random.key(0), D)
+        params = jax.eval_shape(lambda: cell.init(jax.random.key(0), D))
     inputs = random_like(np.empty((T, *batch_shape, D)), 1, dtype)
     carry = random_like(cell.initialize_carry(batch_shape), 2, dtype)
     return cell, random_like(params, 3, dtype), inputs, carry

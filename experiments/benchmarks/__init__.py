@@ -1,0 +1,1 @@
+"""Benchmarks: how exact and how fast, printed as tables."""

@@ -1,0 +1,131 @@
+"""How exact all log singular values of long products are, beside the usual ways.
+
+  python -m experiments.benchmarks.accuracy
+
+compares every log σ of chains of Jacobians with references of hundreds of digits (needs the extra "test", for mpmath)
+and prints the largest error in nats: of the graded factors, in float64, for float32 Jacobians (factorised in float64, the
+default) and in float32 throughout; of the sum of log|R_ii| of a QR at every step; and how many singular values survive
+plain multiplication followed by an SVD, all of these in float64.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import rnnjax
+from experiments import options
+from rnnjax.serialization import format_table
+from rnnjax.testing import exact_log_singular_values
+
+FLAGS = flags.FLAGS
+_SURVIVES = 0.01
+"""Nats within which a singular value counts as right."""
+
+
+def gaussian(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarray:
+    """Independent Gaussian matrices of variance 1/N."""
+    return generator.normal(size=(num_steps, size, size)) / np.sqrt(size)
+
+
+def near_identity(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarray:
+    """Steps that forget slowly, as an LSTM's memory does."""
+    return 0.99 * np.eye(size) + 0.05 * gaussian(generator, size, num_steps)
+
+
+def prescribed_condition(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarray:
+    """Random rotations around a spectrum of condition number 900."""
+    spectrum = np.geomspace(30, 1 / 30, size)
+    rotations = np.linalg.qr(generator.normal(size=(2, num_steps, size, size)))[0]
+    return rotations[0] * spectrum @ rotations[1]
+
+
+def saturated_network(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarray:
+    """Jacobians of an autonomous tanh network of gain 3, whose units saturate."""
+    weights, state, steps = 3 * generator.normal(size=(size, size)) / np.sqrt(size), generator.normal(size=size), []
+    for _ in range(num_steps):
+        decay = np.exp(-2 * np.abs(weights @ state))
+        steps.append((4 * decay / (1 + decay) ** 2)[:, None] * weights)
+        state = np.tanh(weights @ state)
+    return np.array(steps)
+
+
+def lstm(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarray:
+    """Full-state Jacobians of a driven LSTM."""
+    cell = rnnjax.LSTMCell(size // 2)
+    params = cell.init(jax.random.key(0), 3)
+    path = rnnjax.trajectory(cell, params, jnp.asarray(generator.normal(size=(num_steps, 3)), jnp.float32))
+    return np.asarray(rnnjax.step_jacobians(cell, params, path), np.float64)
+
+
+CASES: dict[str, tuple[Callable[..., np.ndarray], int, int]] = {
+    "Gaussian": (gaussian, 12, 400),
+    "near identity": (near_identity, 6, 300),
+    "condition 900": (prescribed_condition, 6, 1000),
+    "tanh network, gain 3": (saturated_network, 12, 400),
+    "LSTM, full state": (lstm, 12, 200),
+}
+
+
+def qr_sums(steps: np.ndarray) -> np.ndarray:
+    """Returns Σ_t log|R_ii|, the textbook way to Lyapunov exponents."""
+    frame, sums = np.eye(steps.shape[-1]), np.zeros(steps.shape[-1])
+    for step in steps:
+        frame, triangle = np.linalg.qr(step @ frame)
+        sums += np.log(np.abs(np.diagonal(triangle)))
+    return -np.sort(-sums)
+
+
+def product_then_svd(steps: np.ndarray) -> np.ndarray:
+    """Returns the log singular values of the product as floats hold it."""
+    product, scale = np.eye(steps.shape[-1]), 0.0
+    for step in steps:
+        product = step @ product
+        norm = np.linalg.norm(product)
+        product, scale = product / norm, scale + np.log(norm)
+    with np.errstate(divide="ignore"):
+        return scale + np.log(np.linalg.svd(product, compute_uv=False))
+
+
+def measured(name: str, steps: np.ndarray) -> dict[str, Any]:
+    """Returns one line of the table."""
+    rounded = steps.astype(np.float32)
+    exact, exact_rounded = exact_log_singular_values(steps), exact_log_singular_values(rounded.astype(np.float64))
+
+    def error(matrices: np.ndarray, reference: np.ndarray, dtype: str) -> float:
+        product = rnnjax.factor_product(jnp.asarray(matrices), dtype=dtype)
+        return float(np.abs(np.asarray(rnnjax.log_singular_values(product), np.float64) - reference).max())
+
+    with jax.enable_x64(True):
+        float64_error = error(steps, exact, "float64")
+    survivors = int((np.abs(product_then_svd(steps) - exact) < _SURVIVES).sum())
+    return {
+        "chain": name,
+        "S": steps.shape[-1],
+        "T": len(steps),
+        "log σ": f"{exact[0]:.0f} … {exact[-1]:.0f}",
+        "float64": f"{float64_error:.0e}",
+        "float32 Jacobians": f"{error(rounded, exact_rounded, 'float64'):.0e}",
+        "all float32": f"{error(rounded, exact_rounded, 'float32'):.0e}",
+        "sum of log|R|": f"{np.abs(qr_sums(steps) - exact).max():.1f}",
+        "multiply, then SVD": f"{survivors} of {len(exact)} right",
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table."""
+    options.quiet_logging()
+    with options.user_errors():
+        options.no_arguments(argv)
+    generator = np.random.default_rng(FLAGS.seed)
+    rows = [measured(name, make(generator, size, num_steps)) for name, (make, size, num_steps) in CASES.items()]
+    sys.stdout.write(format_table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("seed", 0, "seed of the chains")
+    app.run(main)

@@ -1,0 +1,323 @@
+"""Lyapunov exponents against closed forms, determinants, random-matrix theory and the literature's maps."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+
+import rnnjax
+from rnnjax import lyapunov, testing
+from rnnjax.jacobians import DenseJacobians
+from rnnjax.lyapunov import finite_time_exponents, kaplan_yorke_dimension, lyapunov_spectrum
+
+spectrum = jax.jit(lyapunov_spectrum, static_argnames=("num_exponents", "num_transient"))
+LIMIT = {"float32": 1e-5, "float64": 1e-12}  # nats per step
+ROOT = np.array([[0.6, -0.8], [0.8, 0.6]])
+NUM_TRANSIENT, NUM_STEPS = 100, 400
+
+
+def linear_step(_, state, inputs):
+    state = inputs.reshape(state.size, state.size) @ state
+    return state, state
+
+
+def chain_spectrum(matrices, **options):
+    """Exponents of s_t = J_t s_{t−1} for given Jacobians ``[T, ..., S, S]``."""
+    cell = rnnjax.StepCell(linear_step, jnp.zeros(matrices.shape[-1], matrices.dtype))
+    return spectrum(cell, {}, matrices.reshape(*matrices.shape[:-2], -1), **options)
+
+
+def constant_chain(matrix, dtype):
+    return jnp.broadcast_to(jnp.asarray(matrix, dtype)[None], (NUM_STEPS, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "exponents", "dimension"),
+    [
+        (0.7 * ROOT, [math.log(0.7)] * 2, 0),
+        (3 * ROOT, [math.log(3)] * 2, 2),
+        (np.diag([0.5, -4.0]), [math.log(4), math.log(0.5)], 2),
+        (np.diag([0.25, 2.0]), [math.log(2), math.log(0.25)], 1.5),
+        ([[2, 1], [1, 1]], [0.9624236501192069, -0.9624236501192069], 2),
+        ([[0, 1], [3, 0]], [math.log(3) / 2] * 2, 2),
+        (np.diag([2.0, 0.0]), [math.log(2), -math.inf], 1),
+        (np.zeros((2, 2)), [-math.inf, -math.inf], 0),
+    ],
+    ids=["0.7 rotation", "3 rotation", "diagonal", "contracting", "cat map", "swap", "rank 1", "zero"],
+)
+def test_constant_jacobians(matrix, exponents, dimension, dtype):
+    result = chain_spectrum(constant_chain(matrix, dtype), num_transient=NUM_TRANSIENT)
+    assert result.exponents.dtype == dtype
+    np.testing.assert_allclose(result.exponents, exponents, atol=LIMIT[dtype.name])
+    np.testing.assert_allclose(result.kaplan_yorke_dimension, dimension, atol=10 * LIMIT[dtype.name])
+    lost = np.isneginf(exponents)
+    np.testing.assert_array_equal(np.isnan(result.standard_errors), lost)
+    np.testing.assert_array_equal(np.isnan(result.convergence_drift), lost)
+
+
+@pytest.mark.parametrize("a", [1.0, 5.0])
+def test_shear_has_exponents_zero_although_its_singular_values_grow(a):
+    key = jax.random.key(3)
+    chain = constant_chain([[1, a], [0, 1]], jnp.float32)
+    result = chain_spectrum(chain, num_transient=NUM_TRANSIENT, key=key)
+    first, second = np.asarray(lyapunov.random_frame(key, DenseJacobians(chain), 2), np.float64)[:, 0]
+    lengths = [math.hypot(first + a * t * second, second) for t in (NUM_TRANSIENT, NUM_STEPS)]  # ‖Aᵗq‖
+    growth = math.log(lengths[1] / lengths[0]) / (NUM_STEPS - NUM_TRANSIENT)
+    np.testing.assert_allclose(result.exponents, [growth, -growth], atol=1e-5)
+    assert 0 < result.exponents[0] < 0.01
+
+
+def random_exponents(size):
+    """λ_i of products of Gaussian matrices of variance 1/N, and the variances of log|R_ii| of a step."""
+    halves = [mpmath.mpf(size - i) / 2 for i in range(size)]
+    exponents = [float((mpmath.log(mpmath.mpf(2) / size) + mpmath.digamma(half)) / 2) for half in halves]
+    return np.array(exponents), np.array([float(mpmath.psi(1, half) / 4) for half in halves])
+
+
+@pytest.fixture(scope="module")
+def gaussian_chain():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(1000, 6, 4, 4)) / 2, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def gaussian_result(gaussian_chain):
+    return chain_spectrum(gaussian_chain)
+
+
+def test_gaussian_matrices_have_the_exponents_of_theory(gaussian_result):
+    exponents, variances = random_exponents(4)
+    np.testing.assert_allclose(exponents, [-0.135181, -0.328329, -0.635181, -1.328329], atol=1e-6)
+    deviations = np.asarray(gaussian_result.exponents) - exponents
+    assert np.all(np.abs(deviations) < 4 * np.asarray(gaussian_result.standard_errors))
+    assert np.all(np.abs(deviations.mean(axis=0)) < 4 * np.sqrt(variances / 6000))
+
+
+@pytest.mark.parametrize(("num_steps", "num_sequences", "relative"), [(1000, 6, 0.5), (39, 64, 0.2)])
+def test_standard_errors_are_those_of_independent_steps(num_steps, num_sequences, relative, gaussian_result):
+    # Variances from 20 block means and n sequences are known to √(2/19n): 13 % for n = 6, 4 % for n = 64.
+    result = gaussian_result
+    if num_steps != 1000:
+        normal = np.random.default_rng(1).normal(size=(num_steps, num_sequences, 4, 4))
+        result = chain_spectrum(jnp.asarray(normal / 2, jnp.float32))
+    variances = random_exponents(4)[1] / num_steps
+    assert result.standard_errors.shape == (num_sequences, 4)
+    np.testing.assert_allclose(np.mean(np.square(result.standard_errors), axis=0), variances, rtol=relative)
+
+
+def test_leading_exponents_are_those_of_the_full_spectrum(gaussian_chain, gaussian_result):
+    # A gap of 0.3 nats over 500 steps leaves nothing of how the two frames start.
+    leading = chain_spectrum(gaussian_chain, num_transient=500, num_exponents=2)
+    assert leading.local_exponents.shape == (500, 6, 2)
+    full = gaussian_result.local_exponents[500:, :, :2].mean(axis=0)
+    np.testing.assert_allclose(leading.exponents, full, atol=1e-5)
+    assert np.all(np.isnan(leading.kaplan_yorke_dimension) == (leading.exponents[:, 0] >= 0))
+
+
+def rotations(gains):
+    """Rotations by 53°, scaled by ``gains`` ``[T, ...]``."""
+    gains = np.asarray(gains)
+    return jnp.asarray(gains[..., None, None] * ROOT.reshape((1,) * gains.ndim + (2, 2)), jnp.float32)
+
+
+def test_transient_steps_do_not_count():
+    chain = rotations([math.exp(5)] * 10 + [0.5] * 30)
+    np.testing.assert_allclose(chain_spectrum(chain, num_transient=10).exponents, [math.log(0.5)] * 2, rtol=1e-5)
+    np.testing.assert_allclose(chain_spectrum(chain).exponents, [(50 + 30 * math.log(0.5)) / 40] * 2, rtol=1e-5)
+
+
+def test_drift_and_standard_error_of_a_chain_that_changes():
+    # Ten blocks have mean 0 and ten ln 2: their standard deviation is ½ ln 2 √(20/19).
+    result = chain_spectrum(rotations([1.0] * 20 + [2.0] * 20))
+    np.testing.assert_allclose(result.exponents, [math.log(2) / 2] * 2, rtol=1e-5)
+    np.testing.assert_allclose(result.convergence_drift, [math.log(2) / 2] * 2, rtol=1e-5)
+    np.testing.assert_allclose(result.standard_errors, [math.log(2) / 2 / math.sqrt(19)] * 2, rtol=1e-5)
+
+
+def test_one_step_has_no_standard_error():
+    result = chain_spectrum(jnp.asarray([[[2.0, 1.0], [0.5, 1.0]]]))
+    assert np.isnan(result.standard_errors).all()
+    np.testing.assert_allclose(result.exponents.sum(), math.log(1.5), rtol=1e-5)
+
+
+def test_every_sequence_has_its_own_exponents():
+    gains = np.array([[0.5, 1.0, 2.0], [0.1, 3.0, 0.9]])
+    result = chain_spectrum(rotations(np.broadcast_to(gains, (40, 2, 3))))
+    np.testing.assert_allclose(result.exponents, np.log(gains)[..., None].repeat(2, axis=-1), atol=1e-5)
+    np.testing.assert_array_equal(np.isnan(result.kaplan_yorke_dimension), False)
+    assert result.local_exponents.shape == (40, 2, 3, 2)
+
+
+def henon(_, state, __):
+    x, y = state
+    return jnp.stack([1 - 1.4 * x**2 + y, 0.3 * x]), x
+
+
+def logistic(_, state, __):
+    return 4 * state * (1 - state), state
+
+
+def tent(_, state, __):
+    return jnp.where(state < 0.5, 2 * state, 2 - 2 * state), state
+
+
+def map_spectrum(step, start, num_steps):
+    """Exponents of an autonomous map in float64; the first 100 steps lead to its attractor."""
+    with jax.enable_x64(True):
+        cell = rnnjax.StepCell(step, jnp.asarray(start))
+        result = spectrum(cell, {}, jnp.zeros((num_steps, 1)), num_transient=100)
+        return jax.tree.map(np.asarray, result)
+
+
+def test_henon_map():
+    result = map_spectrum(henon, [0.1, 0.1], 6000)
+    np.testing.assert_allclose(result.exponents.sum(), math.log(0.3), rtol=1e-12)
+    assert np.all(np.abs(result.exponents - [0.4190, -1.6230]) < 4 * result.standard_errors)
+    assert np.all(result.standard_errors < 0.01)
+    np.testing.assert_allclose(result.kaplan_yorke_dimension, 1.258, atol=0.01)  # Grassberger & Procaccia 1983: 1.26
+
+
+@pytest.mark.parametrize(("step", "limit"), [(logistic, 5e-3), (tent, 1e-12)], ids=["logistic", "tent"])
+def test_chaotic_maps_of_the_interval(step, limit):
+    result = map_spectrum(step, [0.1234], 3000)
+    np.testing.assert_allclose(result.exponents, [math.log(2)], atol=limit)
+    assert abs(result.exponents[0] - math.log(2)) <= 4 * result.standard_errors[0] + 1e-12
+    assert result.kaplan_yorke_dimension == 1
+
+
+def test_scalar_tanh_unit_settles_at_its_fixed_point():
+    fixed_point = mpmath.findroot(lambda h: mpmath.tanh(1.5 * h) - h, 0.9)
+    exponent = float(mpmath.log(1.5 * (1 - fixed_point**2)))
+    np.testing.assert_allclose([float(fixed_point), exponent], [0.85855964, -0.93061020], atol=1e-8)
+    with jax.enable_x64(True):
+        cell = rnnjax.VanillaCell(1)
+        params = rnnjax.CellParams(jnp.ones((1, 1, 1)), jnp.full((1, 1, 1), 1.5), jnp.zeros((1, 1)))
+        result = spectrum(cell, params, jnp.zeros((100, 1)), jnp.array([0.5]), num_transient=60)
+        np.testing.assert_allclose(result.exponents, [exponent], rtol=1e-12)
+
+
+def random_like(tree, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32), tree)
+
+
+@pytest.fixture(scope="module")
+def tanh_network():
+    """A tanh network's cell, weights, inputs ``[20, 3, 2]``, and its step Jacobians diag(1 − h²) Uᵀ by NumPy."""
+    cell = rnnjax.VanillaCell(4)
+    params = random_like(cell.init(jax.random.key(0), 2), 2)
+    inputs, jacobians = random_like(np.empty((20, 3, 2)), 3), []
+    input_kernel, kernel, bias = (np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params))
+    state = np.zeros((3, 4))
+    for drive in np.asarray(inputs) @ input_kernel[:, 0] + bias[0]:
+        state = np.tanh(drive + state @ kernel[:, 0])
+        jacobians.append((1 - state[:, :, None] ** 2) * kernel[:, 0].T)
+    return cell, params, inputs, np.stack(jacobians)
+
+
+def test_sum_of_exponents_is_the_mean_log_determinant(tanh_network):
+    cell, params, inputs, jacobians = tanh_network
+    expected = np.linalg.slogdet(jacobians)[1].mean(axis=0)
+    np.testing.assert_allclose(spectrum(cell, params, inputs).exponents.sum(axis=-1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"num_exponents": n} for n in (0, 3, 1.0, True)])
+def test_impossible_number_of_exponents(options):
+    with pytest.raises(ValueError, match=r"^num_exponents must be a whole number in \[1, 2\]"):
+        chain_spectrum(rotations([1.0] * 5), **options)
+
+
+@pytest.mark.parametrize("num_transient", [-1, 5, 2.5])
+def test_impossible_transient(num_transient):
+    with pytest.raises(ValueError, match=r"^num_transient must be a whole number in \[0, 4\]"):
+        chain_spectrum(rotations([1.0] * 5), num_transient=num_transient)
+
+
+def test_refused_inputs_and_weights():
+    cell = rnnjax.VanillaCell(2)
+    params = cell.init(jax.random.key(0), 1)
+    with pytest.raises(ValueError, match="^inputs must have at least one time step"):
+        lyapunov_spectrum(cell, params, jnp.zeros((0, 1)))
+    with pytest.raises(ValueError, match="^params must be finite"):
+        lyapunov_spectrum(cell, params.replace(bias=jnp.full((1, 2), jnp.nan)), jnp.zeros((3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("exponents", "state_size", "dimension"),
+    [
+        ([0.9056, 0.0, -14.5723], None, 2 + 0.9056 / 14.5723),  # Lorenz: 2.062
+        ([0.5, -1.0], 2, 1.5),
+        ([-0.1, -0.2], 2, 0),
+        ([0.0, -0.2], 2, 1),
+        ([1.0, -0.25, -0.25, -3.0], 4, 3 + 0.5 / 3),
+        ([0.5, -math.inf], 2, 1),
+        ([-math.inf, -math.inf], 2, 0),
+        ([0.5, 0.2], 2, 2),
+        ([0.5, -0.5], 2, 2),
+        ([0.5, 0.2], 3, math.nan),
+        ([0.5, 0.2], None, math.nan),
+        ([math.nan, math.nan], 2, math.nan),
+    ],
+)
+def test_kaplan_yorke_dimension(exponents, state_size, dimension):
+    result = kaplan_yorke_dimension(jnp.array(exponents), state_size)
+    np.testing.assert_allclose(result, dimension, rtol=1e-6)
+
+
+def test_kaplan_yorke_dimension_of_many_spectra():
+    spectra = jnp.array([[[0.5, -1.0], [-1.0, -2.0]], [[0.2, -0.8], [1.0, 0.0]]])
+    np.testing.assert_allclose(kaplan_yorke_dimension(spectra), [[1.5, 0], [1.25, math.nan]], rtol=1e-6)
+
+
+exponents_of = jax.jit(lambda chain, count: finite_time_exponents(DenseJacobians(chain), count), static_argnums=1)
+
+
+def test_finite_time_exponents_are_singular_values_per_step(dtype):
+    chain = testing.chain_of_steps(jax.random.key(0), 40, 4, condition_number=200.0, dtype=dtype)
+    exact = testing.exact_log_singular_values(np.asarray(chain)) / 40
+    assert np.all(-np.diff(exact) * 40 > 18)  # gaps at which e^(−2·gap) is below rounding
+    count = 4 if dtype == np.float32 else 2
+    np.testing.assert_allclose(exponents_of(chain, count), exact[:count], atol=10 * LIMIT[dtype.name])
+
+
+def test_finite_time_exponents_are_those_of_the_factored_product():
+    chain = testing.chain_of_steps(jax.random.key(1), 40, 4, condition_number=200.0)
+    factored = rnnjax.log_singular_values(rnnjax.factor_product(chain)) / 40
+    np.testing.assert_allclose(exponents_of(chain, 4), factored, atol=1e-4)
+
+
+def test_error_of_finite_time_exponents_falls_with_the_square_of_the_gaps():
+    chain = np.random.default_rng(7).normal(size=(12, 5, 3, 3)) / math.sqrt(3)
+    logs = [np.log(np.linalg.svd(np.linalg.multi_dot(list(chain[::-1, b])), compute_uv=False)) for b in range(5)]
+    result = np.asarray(exponents_of(jnp.asarray(chain, jnp.float32), 3))
+    assert result.shape == (5, 3) and np.all(np.diff(result, axis=-1) <= 0)
+    confusion = np.exp(2 * np.diff(logs, axis=-1)).sum(axis=-1, keepdims=True)
+    assert np.all(np.abs(result * 12 - logs) < 10 * confusion + 1e-4) and confusion.min() < 1e-3
+    np.testing.assert_allclose(result.sum(axis=-1), np.linalg.slogdet(chain)[1].mean(axis=0), atol=1e-4)
+
+
+def test_finite_time_exponents_of_an_affine_cell_need_no_matrices(tanh_network):
+    cell, params, inputs, jacobians = tanh_network
+    structured = jax.jit(rnnjax.structured_jacobians)(cell, params, rnnjax.trajectory(cell, params, inputs))
+    result = finite_time_exponents(structured, 2)
+    for b in range(3):
+        exact = testing.exact_log_singular_values(jacobians[:, b]) / 20
+        assert np.all(np.diff(exact[:3]) * 20 < -4)
+        np.testing.assert_allclose(result[b], exact[:2], atol=1e-4)
+    with pytest.raises(ValueError, match=r"^num_exponents must be a whole number in \[1, 4\]"):
+        finite_time_exponents(structured, 5)
+
+
+def test_frames_are_orthonormal_and_grow_backward_by_the_transposed_steps():
+    chain = np.random.default_rng(8).normal(size=(6, 2, 3, 3))
+    jacobians = DenseJacobians(jnp.asarray(chain, jnp.float32))
+    start = lyapunov.random_frame(jax.random.key(1), jacobians, 2)
+    np.testing.assert_allclose(np.swapaxes(start, 1, 2) @ start, np.broadcast_to(np.eye(2), (2, 2, 2)), atol=1e-6)
+    _, growth = lyapunov.frame_growth(jacobians, start, backward=True)
+    frames = np.asarray(start, np.float64)
+    for t in reversed(range(6)):
+        frames, triangles = np.linalg.qr(np.swapaxes(chain[t], 1, 2) @ frames)
+        expected = np.log(np.abs(np.diagonal(triangles, axis1=1, axis2=2)))
+        np.testing.assert_allclose(growth[t], expected, atol=1e-4)
