@@ -10,7 +10,6 @@ Ctrl-C ends training and keeps everything so far.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -37,17 +36,22 @@ CONFIG_FLAGS = (
 
 def run(config: RunConfig, workdir: Workdir, *, tensorboard: bool = False) -> int:
     """Trains every network of ``NETWORKS`` and writes all results below ``workdir``; returns the exit status."""
-    rows, directories, interrupted = [], {}, False
-    for name, settings in NETWORKS.items():
-        directory = name.lower().replace(", ", "_").replace(" ", "_")
-        finished = train_and_record(
-            name, dataclasses.replace(config, **settings), workdir.path / directory, tensorboard=tensorboard
-        )
-        rows.append(finished.row)
-        directories[name] = directory
-        if interrupted := finished.interrupted:
-            break
-    write_report(workdir, directories, rows)
+    rows: list[dict[str, Any]] = []
+    directories: dict[str, str] = {}
+    interrupted = False
+    try:
+        for name, settings in NETWORKS.items():
+            directory = name.lower().replace(", ", "_").replace(" ", "_")
+            own = dataclasses.replace(config, **settings)
+            finished = train_and_record(name, own, workdir.path / directory, tensorboard=tensorboard)
+            rows.append(finished.row)
+            directories[name] = directory
+            if interrupted := finished.interrupted:
+                break
+    except KeyboardInterrupt:  # outside of training, such as while a network is analysed
+        interrupted = True
+    if rows:
+        write_report(workdir, directories, rows)
     return 130 if interrupted else 0
 
 
@@ -57,8 +61,9 @@ def main(argv: Sequence[str]) -> int:
     with options.user_errors():
         options.no_arguments(argv)
         config = options.config_from_flags()
+        options.check_packages(config.task, tensorboard=FLAGS.tensorboard)
         config.make_task()
-        workdir = Workdir.create(Path(FLAGS.workdir))
+        workdir = Workdir.create(FLAGS.workdir)
         workdir.write_config(config, networks=NETWORKS)
     return run(config, workdir, tensorboard=FLAGS.tensorboard)
 

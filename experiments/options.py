@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import re
 import sys
@@ -54,12 +55,16 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError) as error:
-        sys.exit(_fail(str(error)))
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
 
 
-def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return 2
+def check_packages(task: str, *, tensorboard: bool) -> None:
+    """Raises ImportError if a package that this run will need at its end is not installed."""
+    needed = ["matplotlib", *(["sklearn"] if task == "digits" else []), *(["tensorboardX"] if tensorboard else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} must be installed: pip install 'rnnjax[experiments]'")
 
 
 def _descriptions() -> dict[str, str]:

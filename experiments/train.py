@@ -7,7 +7,6 @@ step), monitor.npz and profiles.npz. Ctrl-C ends training and keeps everything s
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 
@@ -34,8 +33,9 @@ def main(argv: Sequence[str]) -> int:
     with options.user_errors():
         options.no_arguments(argv)
         config = options.config_from_flags()
+        options.check_packages(config.task, tensorboard=FLAGS.tensorboard)
         config.make_task()
-        workdir = Workdir.create(Path(FLAGS.workdir))
+        workdir = Workdir.create(FLAGS.workdir)
         workdir.write_config(config)
     return run(config, workdir, tensorboard=FLAGS.tensorboard)
 

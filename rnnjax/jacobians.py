@@ -67,7 +67,7 @@ class StructuredJacobians:
         return blocks.reshape(self.shape)
 
     def times(self, columns: Array) -> Array:
-        """Returns J V for V ``[..., S, m]``, at the cost of U V."""
+        """Returns J V for V ``[..., S, m]``, whose leading axes are those of J, at the cost of U V."""
         parts = self._by_carry(columns)
         through_gates = jnp.einsum("igj,...im->...gjm", self.recurrent_kernel, parts[..., 0, :, :], precision="highest")
         result = jnp.einsum("...abj,...bjm->...ajm", self.carry_derivatives, parts, precision="highest")
@@ -75,7 +75,7 @@ class StructuredJacobians:
         return result.reshape(columns.shape)
 
     def transpose_times(self, columns: Array) -> Array:
-        """Returns Jᵀ V for V ``[..., S, m]``, at the cost of Uᵀ V."""
+        """Returns Jᵀ V for V ``[..., S, m]``, whose leading axes are those of J, at the cost of Uᵀ V."""
         parts = self._by_carry(columns)
         result = jnp.einsum("...abj,...ajm->...bjm", self.carry_derivatives, parts, precision="highest")
         at_gates = jnp.einsum("...agj,...ajm->...gjm", self.recurrent_derivatives, parts, precision="highest")
@@ -136,11 +136,36 @@ def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jac
       trajectory: the states and inputs at which to differentiate, T steps.
 
     Returns:
-      An object with ``times``, ``transpose_times``, ``dense`` and ``at_step``.
+      ``StructuredJacobians`` or ``DenseJacobians``: an object with ``times``, ``transpose_times``, ``dense`` and
+      ``at_step``, in the dtype of the states (float32 for narrower ones).
+
+    Raises:
+      ValueError: a Jacobian that is not finite, with its step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnnjax
+      >>> cell = rnnjax.GRUCell(4)
+      >>> params = cell.init(jax.random.key(0), input_size=2)
+      >>> jacobians = jacobian_operator(cell, params, rnnjax.trajectory(cell, params, jnp.ones((7, 2))))
+      >>> jacobians.shape, jacobians.at_step(6).times(jnp.ones((4, 1))).shape
+      ((7, 4, 4), (4, 1))
     """
+    params, trajectory = _at_least_float32((params, trajectory))
     if isinstance(cell, AffineCell):
-        return structured_jacobians(cell, *_at_least_float32((params, trajectory)))
-    return DenseJacobians(autodiff_step_jacobians(cell, params, trajectory))
+        jacobians: Jacobians = structured_jacobians(cell, params, trajectory)
+    else:
+        jacobians = DenseJacobians(_autodiff_step_jacobians(cell, params, trajectory))
+    check_finite(jacobians)
+    return jacobians
+
+
+def check_finite(jacobians: Jacobians) -> None:
+    """Raises ValueError that names the first step whose Jacobian is not finite, where it has values."""
+    if isinstance(jacobians, DenseJacobians):
+        validation.finite_steps("step Jacobian", jacobians.matrices)
+    else:
+        validation.finite_steps("step Jacobian", (jacobians.carry_derivatives, jacobians.recurrent_derivatives))
+        validation.finite("jacobians.recurrent_kernel", jacobians.recurrent_kernel)
 
 
 def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Trajectory) -> StructuredJacobians:
@@ -148,11 +173,19 @@ def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Traje
 
     Args:
       cell: an affine cell.
-      params: its weights.
-      trajectory: the states and inputs at which to differentiate.
+      params: its weights, float32 or float64.
+      trajectory: the states and inputs at which to differentiate, T steps, in the dtype of the weights.
 
     Returns:
-      ``StructuredJacobians`` with leading axes ``[T, ...]``.
+      ``StructuredJacobians`` with leading axes ``[T, ...]``, in that dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnnjax
+      >>> cell = rnnjax.LSTMCell(4)
+      >>> params = cell.init(jax.random.key(0), input_size=2)
+      >>> factors = structured_jacobians(cell, params, rnnjax.trajectory(cell, params, jnp.ones((7, 2))))
+      >>> factors.carry_derivatives.shape, factors.recurrent_derivatives.shape  # [T, C, C, H] and [T, C, G, H]
+      ((7, 2, 2, 4), (7, 2, 4, 4))
     """
     with jax.default_matmul_precision("highest"):
         before = jax.tree.map(lambda leaf: leaf[:-1], trajectory.carries)
@@ -176,7 +209,7 @@ def step_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> Array:
       ``[T, ..., S, S]``, in the dtype of the states (float32 for bfloat16 states).
 
     Raises:
-      ValueError: a Jacobian that is not finite, with its step.
+      ValueError: a Jacobian that is not finite, with the step of the inputs, counted from 0, whose Jacobian it is.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -207,7 +240,16 @@ def autodiff_step_jacobians(cell: Cell, params: Params, trajectory: Trajectory) 
       trajectory: the states and inputs at which to differentiate, T steps.
 
     Returns:
-      ``[T, ..., S, S]``.
+      ``[T, ..., S, S]``, in the dtype of the states (float32 for bfloat16 states). Nothing is checked: an entry that
+      is not finite comes back as it is.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnnjax
+      >>> cell = rnnjax.StepCell(lambda params, h, x: (jnp.sin(params * h) + x, h), example_carry=jnp.zeros(2))
+      >>> path = rnnjax.trajectory(cell, 0.5, jnp.ones((3, 2)))
+      >>> print(autodiff_step_jacobians(cell, 0.5, path)[0])  # ½ cos 0 on the diagonal
+      [[0.5 0. ]
+       [0.  0.5]]
     """
     params, trajectory = _at_least_float32((params, trajectory))
     return _autodiff_step_jacobians(cell, params, trajectory)
@@ -257,8 +299,9 @@ def _at_least_float32(tree: Any) -> Any:
     """Widens bfloat16 and float16 leaves: eight bits are too few for a product of hundreds of matrices."""
 
     def widen(leaf: Any) -> Any:
-        narrow = jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
-        return leaf.astype(jnp.float32) if narrow else leaf
+        dtype = jnp.result_type(leaf)
+        narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return jnp.asarray(leaf, jnp.float32) if narrow else leaf
 
     return jax.tree.map(widen, tree)
 

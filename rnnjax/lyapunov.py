@@ -68,7 +68,7 @@ def lyapunov_spectrum(
 
     Raises:
       ValueError: inputs or weights that ``unroll`` would refuse, ``num_exponents`` not in [1, S],
-        ``num_transient`` not in [0, T).
+        ``num_transient`` not in [0, T); a state or Jacobian that is not finite, with its step.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -81,11 +81,12 @@ def lyapunov_spectrum(
     Source: G. Benettin et al., Lyapunov characteristic exponents for smooth dynamical systems, Meccanica 15, 1980;
     R. Engelken, F. Wolf & L. F. Abbott, Lyapunov spectra of chaotic recurrent neural networks, 2023.
     """
-    path = trajectory(cell, params, inputs, carry)
-    jacobians = jacobian_operator(cell, params, path)
-    num_steps, size = jacobians.shape[0], jacobians.shape[-1]
+    cell.check(params, inputs, carry)
+    num_steps = jax.tree.leaves(inputs)[0].shape[0]
+    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initialize_carry)))
     count = size if num_exponents is None else validation.integer_between("num_exponents", num_exponents, 1, size)
     validation.integer_between("num_transient", num_transient, 0, num_steps - 1)
+    jacobians = jacobian_operator(cell, params, trajectory(cell, params, inputs, carry))
     frame = random_frame(jax.random.key(0) if key is None else key, jacobians, count)
     _, local = frame_growth(jacobians, frame)
     return _summarized(local[num_transient:], size)
@@ -125,7 +126,8 @@ def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | N
 
     One round of subspace iteration: a random frame is carried back through J_Tᵀ … J_1ᵀ, where it turns to the leading
     right singular vectors of the product, and from there forward, where the growth of each direction is taken. The
-    error falls with the square of the gaps e^(−(log σ_i − log σ_{i+1})), which widen with T.
+    values are exact up to the square of the gap ratios σ_{i+1}/σ_i, which shrink as T grows; where singular values
+    cluster they are not, and ``log_singular_values`` is the function to use.
 
     Args:
       jacobians: the step Jacobians, from ``jacobian_operator``.
@@ -134,6 +136,19 @@ def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | N
 
     Returns:
       ``[..., k]`` nats per step, descending.
+
+    Raises:
+      ValueError: ``num_exponents`` not in [1, S].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rnnjax.jacobians import DenseJacobians
+      >>> steps = DenseJacobians(jnp.stack([jnp.array([[2.0, 1.0], [1.0, 1.0]])] * 50))
+      >>> print(finite_time_exponents(steps, 2).round(4))  # ± log of the squared golden ratio
+      [ 0.9624 -0.9624]
+
+    Source: H. Rutishauser, Simultaneous iteration method for symmetric matrices, Numerische Mathematik 16, 1970,
+    applied to (J_T … J_1)ᵀ (J_T … J_1).
     """
     count = validation.integer_between("num_exponents", num_exponents, 1, jacobians.shape[-1])
     frame = random_frame(jax.random.key(0) if key is None else key, jacobians, count)
@@ -143,14 +158,30 @@ def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | N
 
 
 def random_frame(key: Key, jacobians: Jacobians, count: int) -> Array:
-    """Returns random orthonormal columns ``[..., S, k]``, the same for every sequence."""
+    """Returns random orthonormal columns, the same for every sequence.
+
+    Args:
+      key: random key.
+      jacobians: the step Jacobians the frame is for, ``[T, ..., S, S]``; its shape and dtype are used.
+      count: number of columns k, at most S.
+
+    Returns:
+      ``[..., S, k]``, uniformly distributed over the k-frames of the space but for the signs of columns.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnnjax.jacobians import DenseJacobians
+      >>> frame = random_frame(jax.random.key(0), DenseJacobians(jnp.ones((5, 3, 4, 4))), 2)
+      >>> frame.shape, bool(jnp.allclose(frame[0].T @ frame[0], jnp.eye(2), atol=1e-6))
+      ((3, 4, 2), True)
+    """
     *batch_shape, size, _ = jacobians.shape[1:]
     columns = jnp.linalg.qr(jax.random.normal(key, (size, count), jacobians.dtype))[0]
     return jnp.broadcast_to(columns.reshape((1,) * len(batch_shape) + columns.shape), (*batch_shape, *columns.shape))
 
 
 def frame_growth(jacobians: Jacobians, frame: Array, *, backward: bool = False) -> tuple[Array, Array]:
-    """Carries an orthonormal frame along, by J_t forward in time or by J_tᵀ backward.
+    """Carries an orthonormal frame along, by J_t forward in time or by J_tᵀ backward: J_t Q_{t−1} = Q_t R_t.
 
     Args:
       jacobians: the step Jacobians, from ``jacobian_operator``.
@@ -158,7 +189,17 @@ def frame_growth(jacobians: Jacobians, frame: Array, *, backward: bool = False) 
       backward: from the last step to the first, with transposed Jacobians.
 
     Returns:
-      The last frame, and log|R_ii| of each step in nats, ``[T, ..., k]``.
+      The last frame ``[..., S, k]``, and log|R_ii| of each step in nats, ``[T, ..., k]``, entry t that of J_t.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rnnjax.jacobians import DenseJacobians
+      >>> steps = DenseJacobians(jnp.stack([jnp.diag(jnp.array([2.0, 0.5]))] * 3))
+      >>> _, growth = frame_growth(steps, jnp.eye(2))
+      >>> print(growth.sum(axis=0).round(3))  # 3 ln 2 and 3 ln ½
+      [ 2.079 -2.079]
+
+    Source: G. Benettin et al., Lyapunov characteristic exponents for smooth dynamical systems, Meccanica 15, 1980.
     """
     return _frame_growth(jacobians, frame, backward)
 

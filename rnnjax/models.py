@@ -25,9 +25,22 @@ class RecurrentLayer(nnx.Module):
       input_size: number of input features D.
       dtype: dtype of the weights.
       rngs: where the initial weights come from.
+
+    Raises:
+      ValueError: a cell that is not affine, an ``input_size`` that is not a positive integer, a dtype that is not
+        floating.
+
+    Example:
+      >>> import jax.numpy as jnp, rnnjax
+      >>> from flax import nnx
+      >>> layer = RecurrentLayer(rnnjax.GRUCell(8), input_size=2, rngs=nnx.Rngs(0))
+      >>> carry, outputs = layer(jnp.ones((64, 3, 2)))
+      >>> carry.shape, outputs.shape
+      ((3, 8), (64, 3, 8))
     """
 
     def __init__(self, cell: AffineCell, input_size: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs) -> None:
+        _check_affine(cell)
         params = cell.init(rngs.params(), input_size, dtype)
         # Once weights are drawn the initialisers matter no more: without them, networks that differ in nothing else
         # share their compiled code.
@@ -56,15 +69,15 @@ class RecurrentNetwork(nnx.Module):
       num_layers: number of recurrent layers L.
       input_size: number of input features D, for inputs ``[T, B, D]``.
       vocabulary_size: number of tokens, for inputs ``[T, B]``; give this or ``input_size``.
-      embedding_size: features of a token's embedding; the hidden size by default.
-      readout: outputs from the ``last`` step, ``[B, O]``, or from ``every`` step, ``[T, B, O]``.
+      embedding_size: features of a token's embedding, with ``vocabulary_size`` only; the hidden size by default.
+      readout: outputs from the step processed ``last``, ``[B, O]``, or from ``every`` step, ``[T, B, O]``.
       skip_connections: add each layer's input to its output, from the second layer on.
       dtype: dtype of the weights.
       rngs: where the initial weights come from.
 
     Raises:
-      ValueError: sizes that are not positive, neither or both of ``input_size`` and ``vocabulary_size``, an unknown
-        readout.
+      ValueError: a cell that is not affine, sizes that are not positive, neither or both of ``input_size`` and
+        ``vocabulary_size``, an ``embedding_size`` without the latter, an unknown readout.
 
     Example:
       >>> import jax.numpy as jnp, rnnjax
@@ -88,10 +101,13 @@ class RecurrentNetwork(nnx.Module):
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        _check_affine(cell)
         if (input_size is None) == (vocabulary_size is None):
             raise ValueError(
                 f"one of input_size and vocabulary_size must be given, got {input_size} and {vocabulary_size}"
             )
+        if embedding_size is not None and vocabulary_size is None:
+            raise ValueError(f"embedding_size must be left out unless vocabulary_size is given, got {embedding_size!r}")
         validation.positive_integer("num_layers", num_layers)
         validation.positive_integer("output_size", output_size)
         self.readout = validation.one_of("readout", readout, ("last", "every"))
@@ -113,6 +129,7 @@ class RecurrentNetwork(nnx.Module):
         *,
         lengths: Array | None = None,
         perturbations: Sequence[Array] | None = None,
+        reverse: bool = False,
         **options: Any,
     ) -> Array:
         """Returns the outputs for a batch of sequences.
@@ -121,7 +138,8 @@ class RecurrentNetwork(nnx.Module):
           inputs: features ``[T, B, D]`` or tokens ``[T, B]``.
           lengths: ``[B]``, as for ``unroll``; the last step of a sequence is that before its length.
           perturbations: one ``[T, B, H]`` for each layer, as for ``unroll``.
-          **options: ``resets``, ``truncation`` and ``reverse``, passed on to ``unroll``.
+          reverse: as for ``unroll``, in every layer; the step processed last is then step 0.
+          **options: ``resets`` and ``truncation``, passed on to ``unroll``.
 
         Returns:
           ``[B, O]`` or ``[T, B, O]``.
@@ -136,10 +154,10 @@ class RecurrentNetwork(nnx.Module):
         features = self._features(inputs)
         for index, layer in enumerate(self.layers):
             perturbation = None if perturbations is None else perturbations[index]
-            _, outputs = layer(features, lengths=lengths, perturbations=perturbation, **options)
+            _, outputs = layer(features, lengths=lengths, perturbations=perturbation, reverse=reverse, **options)
             features = self._with_skip(index, features, outputs)
         if self.readout == "last":
-            features = features[-1] if lengths is None else _at_last_step(features, lengths)
+            features = features[0] if reverse else _at_last_step(features, lengths)
         return self.output(features)
 
     def layer_views(self, inputs: Array) -> list[LayerView]:
@@ -161,8 +179,15 @@ class RecurrentNetwork(nnx.Module):
         return inputs + outputs if self.skip_connections and index > 0 else outputs
 
 
-def _at_last_step(features: Array, lengths: Array) -> Array:
+def _check_affine(cell: AffineCell) -> None:
+    if not isinstance(cell, AffineCell):
+        raise ValueError(f"cell must be an affine cell, such as a GRUCell, got {type(cell).__name__}")
+
+
+def _at_last_step(features: Array, lengths: Array | None) -> Array:
     """Returns ``features[length − 1]`` of each sequence, ``[B, H]``; zeros where the length is 0."""
+    if lengths is None:
+        return features[-1]
     last = jnp.maximum(jnp.asarray(lengths) - 1, 0)
     chosen = jnp.take_along_axis(features, last[None, :, None], axis=0)[0]
     return jnp.where((jnp.asarray(lengths) > 0)[:, None], chosen, jnp.zeros_like(chosen))

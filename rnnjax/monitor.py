@@ -13,7 +13,7 @@ import numpy as np
 from rnnjax import validation
 from rnnjax.cells import AffineCell, CellParams
 from rnnjax.diagnosis import Regime, classify_regime
-from rnnjax.jacobians import StructuredJacobians, structured_jacobians
+from rnnjax.jacobians import StructuredJacobians, jacobian_operator
 from rnnjax.lyapunov import finite_time_exponents
 from rnnjax.singular_values import spectral_norm_profile
 from rnnjax.typing import Array
@@ -45,7 +45,9 @@ class Reading:
 
     Attributes:
       log_spectral_norms: log ‖∂s_T/∂s_{T−lag}‖₂ in nats, ``[L, T, n]``; entry i belongs to lag i + 1.
-      finite_time_exponents: leading finite-time Lyapunov exponents, nats per step, ``[L, k, n]``, descending.
+      finite_time_exponents: leading finite-time Lyapunov exponents, nats per step, ``[L, k, n]``, descending, by one
+        round of subspace iteration (see ``lyapunov.finite_time_exponents``); the exact largest is the last of
+        ``log_spectral_norms``, over T.
       hidden_gradient_norms: ‖∂L/∂h_t‖ over the whole batch, ``[L, T]``, from the training's own backward pass.
       kernel_spectral_norms: ‖U_g‖₂ of each gate's recurrent matrix, ``[L, G]``.
       kernel_spectral_radii: spectral radius of each gate's recurrent matrix, ``[L, G]``.
@@ -141,7 +143,7 @@ def _measure(layers: Sequence[LayerView], num_exponents: int) -> dict[str, Array
 
 def _measure_layer(layer: LayerView, num_exponents: int) -> dict[str, Array]:
     path = trajectory(layer.cell, layer.params, layer.inputs)
-    jacobians = structured_jacobians(layer.cell, layer.params, path)
+    jacobians = jacobian_operator(layer.cell, layer.params, path)
     exponents = finite_time_exponents(jacobians, min(num_exponents, jacobians.shape[-1]))
     return {
         "log_spectral_norms": spectral_norm_profile(jacobians),

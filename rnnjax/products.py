@@ -4,8 +4,8 @@ A product P = A_T … A_1 is kept in graded factors, P = Q · diag(e^ℓ) · V, 
 and V well conditioned. Multiplying by the next A needs one QR factorisation:
 
 1. B = A Q; columns sorted by e^ℓ_j ‖B_j‖, rows by their largest entry, both descending; B = Q' R. Sorted columns
-   replace pivoting; sorted rows make Householder QR accurate row by row (Cox & Higham 1998), which matters because the rows of
-   a Jacobian D·Uᵀ differ by orders of magnitude once units saturate.
+   replace pivoting; sorted rows make Householder QR accurate row by row (Cox & Higham 1998), which matters because
+   the rows of a Jacobian D·Uᵀ differ by orders of magnitude once units saturate.
 2. ℓ'_i = ℓ_i + log|R_ii|, in compensated sums.
 3. V' = (R_ij e^(ℓ_j − ℓ'_i))_ij · V. Sorted, no exponent is large, and underflow is harmless.
 
@@ -187,20 +187,50 @@ def multiply(matrix: Array, factors: Factors) -> Factors:
 
 def factor_columns(columns: Array, factors: Factors) -> Factors:
     """Returns the factors of B · diag(e^ℓ) · V, for B = ``columns`` and ℓ, V of ``factors``."""
-    order = jnp.argsort(-(factors.log_scales + jnp.log(jnp.abs(columns).max(axis=0))))
-    columns, scales, remainder = columns[:, order], factors.log_scales[order], factors.remainder[order]
-    rows = jnp.argsort(-jnp.abs(columns).max(axis=1))
-    left, triangle = lapack.qr(columns[rows])
-    diagonal = jnp.diagonal(triangle)
-    new_scales, new_remainder = add(scales, remainder, jnp.log(jnp.abs(diagonal)))
+    order, left, triangle = _sorted_qr(columns, factors.log_scales)
+    scales, remainder = factors.log_scales[order], factors.remainder[order]
+    new_scales, new_remainder = add(scales, remainder, jnp.log(jnp.abs(jnp.diagonal(triangle))))
     exponent = (scales[None, :] - new_scales[:, None]) + (remainder[None, :] - new_remainder[:, None])
-    index = jnp.arange(len(order))
-    kept = (index[:, None] <= index[None, :]) & jnp.isfinite(new_scales)[:, None] & (scales > -jnp.inf)[None, :]
-    mixing = jnp.where(
-        kept, triangle * jnp.exp(jnp.where(kept, exponent, 0)), jnp.eye(len(order), dtype=triangle.dtype)
-    )
-    right = matmul(mixing, factors.right[order])
-    return Factors(jnp.zeros_like(left).at[rows].set(left), new_scales, new_remainder, right)
+    kept = _upper(len(order)) & jnp.isfinite(new_scales)[:, None] & (scales > -jnp.inf)[None, :]
+    graded = triangle * jnp.exp(jnp.where(kept, exponent, 0))
+    mixing = jnp.where(kept, graded, jnp.eye(len(order), dtype=triangle.dtype))
+    return Factors(left, new_scales, new_remainder, matmul(mixing, factors.right[order]))
+
+
+def _sorted_qr(columns: Array, log_scales: Array) -> tuple[Array, Array, Array]:
+    """Returns a column order and the QR factors of the columns in that order, rows sorted while they are computed.
+
+    A column that depends exactly on those before it leaves a zero on R's diagonal. Where columns after it still reach
+    into that row, the rank would be counted too low, so the dependent column is moved to the end and the QR repeated.
+    """
+    rows = jnp.argsort(-jnp.abs(columns).max(axis=1))
+
+    def factored(order: Array) -> tuple[Array, Array, Array]:
+        left, triangle = lapack.qr(columns[rows][:, order])
+        return order, left, triangle
+
+    def hiding(order: Array, triangle: Array) -> Array:
+        """Marks zeros on the diagonal with something to their right, in columns that still count."""
+        reaching = (triangle != 0) & _upper(len(order)) & (log_scales[order] > -jnp.inf)[None, :]
+        return (jnp.diagonal(triangle) == 0) & reaching.any(axis=1)
+
+    def unfinished(state: tuple[Array, tuple[Array, Array, Array]]) -> Array:
+        moves, (order, _, triangle) = state
+        return (moves < len(order)) & hiding(order, triangle).any()
+
+    def move_one(state: tuple[Array, tuple[Array, Array, Array]]) -> tuple[Array, tuple[Array, Array, Array]]:
+        moves, (order, _, triangle) = state
+        dependent = jnp.argmax(hiding(order, triangle))
+        return moves + 1, factored(order[jnp.argsort(jnp.arange(len(order)) == dependent)])
+
+    by_size = jnp.argsort(-(log_scales + jnp.log(jnp.abs(columns).max(axis=0))))
+    _, (order, left, triangle) = jax.lax.while_loop(unfinished, move_one, (jnp.array(0), factored(by_size)))
+    return order, jnp.zeros_like(left).at[rows].set(left), triangle
+
+
+def _upper(size: int) -> Array:
+    """Returns the bool mask of the upper triangle, ``[S, S]``."""
+    return jnp.tri(size, dtype=bool).T
 
 
 def matmul(left: Array, right: Array) -> Array:

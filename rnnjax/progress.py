@@ -19,13 +19,15 @@ class TrainingProgress:
     """
 
     def __init__(self, label: str, steps: int) -> None:
+        console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description:<18}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(label, total=steps, numbers="compiling")
 

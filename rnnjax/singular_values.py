@@ -12,7 +12,7 @@ import numpy as np
 from rnnjax import lapack, products, validation
 from rnnjax.cells import Cell
 from rnnjax.jacobi import log_singular_values_of_rows
-from rnnjax.jacobians import DenseJacobians, Jacobians, step_jacobians
+from rnnjax.jacobians import DenseJacobians, Jacobians, check_finite, step_jacobians
 from rnnjax.products import FactoredProduct, Factors
 from rnnjax.typing import Array, Carry, DType, Params
 from rnnjax.unroll import trajectory
@@ -47,6 +47,9 @@ def log_singular_values(product: FactoredProduct) -> Array:
     Returns:
       log σ_i in nats, ``[..., S]``, descending; −inf where rank is lost.
 
+    Raises:
+      ValueError: not a ``FactoredProduct``.
+
     Example:
       >>> import jax.numpy as jnp, rnnjax
       >>> cat_map = jnp.array([[2.0, 1.0], [1.0, 1.0]])
@@ -56,6 +59,7 @@ def log_singular_values(product: FactoredProduct) -> Array:
     Source: M. R. Hestenes, Inversion of matrices by biorthogonalization, 1958; J. Demmel et al., Computing the singular
     value decomposition with high relative accuracy, Linear Algebra and its Applications 299, 1999.
     """
+    _check_product(product)
     return _all_values(product.log_scales, product.log_scales_remainder, product.right)
 
 
@@ -68,11 +72,15 @@ def log_spectral_norm(product: FactoredProduct) -> Array:
     Returns:
       log ‖P‖₂ in nats, ``[...]``; −inf for a zero product.
 
+    Raises:
+      ValueError: not a ``FactoredProduct``.
+
     Example:
       >>> import jax.numpy as jnp, rnnjax
       >>> print(f"{log_spectral_norm(rnnjax.factor_product(jnp.full((700, 1, 1), 0.5))):.3f}")  # 700 ln ½
       -485.203
     """
+    _check_product(product)
     scales = product.log_scales + product.log_scales_remainder
     largest = scales.max(axis=-1)
     relative = jnp.exp(scales - jnp.where(jnp.isfinite(largest), largest, 0)[..., None])
@@ -95,14 +103,15 @@ def spectral_profile(
       params: its weights.
       inputs: ``[T, ..., D]``, time-major.
       carry: the carry before the first step; ``cell.initialize_carry`` by default.
-      lags: numbers of steps, distinct, in [1, T]; all of them by default.
+      lags: a sequence of numbers of steps, distinct, in [1, T]; all of them by default.
       dtype: what the factorisations are computed in, as for ``factor_product``.
 
     Returns:
       The ``SpectralProfile``.
 
     Raises:
-      ValueError: inputs or weights that ``unroll`` would refuse; lags that are empty, repeated or out of range.
+      ValueError: inputs or weights that ``unroll`` would refuse; lags that are no sequence, empty, repeated or out of
+        range; a dtype other than float32 and float64; a state or Jacobian that is not finite, with its step.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -113,8 +122,11 @@ def spectral_profile(
       [[-0.693 -0.693 -0.693]
        [-5.545 -5.545 -5.545]]
     """
+    cell.check(params, inputs, carry)
+    ordered = _checked_lags(lags, jax.tree.leaves(inputs)[0].shape[0])
+    with products.factorization_precision(jnp.float32, dtype):
+        pass  # A dtype that it refuses is refused before any work is done.
     jacobians = step_jacobians(cell, params, trajectory(cell, params, inputs, carry))
-    ordered = _checked_lags(lags, jacobians.shape[0])
     with products.factorization_precision(jacobians.dtype, dtype) as wide:
         scales, remainder, right, log_abs_det = _profile_factors(jacobians, ordered, wide)
     return SpectralProfile(ordered, _all_values(scales, remainder, right), log_abs_det)
@@ -123,7 +135,9 @@ def spectral_profile(
 def spectral_norm_profile(jacobians: Array | Jacobians) -> Array:
     """Returns log ‖∂s_T/∂s_{T−lag}‖₂ for every lag from 1 to T, at the cost of a product and a norm a step.
 
-    The largest singular value, unlike the small ones, survives plain multiplication; only its scale must be kept apart.
+    A product in floats keeps the largest singular value, if not the small ones, and its scale is kept apart, so that
+    nothing overflows. The exception is a direction that rounding has lost beside a larger one before a later factor
+    annihilates the larger: what is left of the norm then is rounding, or zero. ``spectral_profile`` has no such limit.
 
     Args:
       jacobians: J_1 … J_T along axis 0, ``[T, ..., S, S]``, or what ``jacobian_operator`` returns.
@@ -131,21 +145,35 @@ def spectral_norm_profile(jacobians: Array | Jacobians) -> Array:
     Returns:
       ``[T, ...]`` nats; entry i belongs to lag i + 1.
 
+    Raises:
+      ValueError: not a stack of square matrices, T = 0, or non-finite entries, with their step.
+
     Example:
       >>> import jax.numpy as jnp
       >>> print(spectral_norm_profile(jnp.stack([jnp.diag(jnp.array([0.1, 2.0]))] * 3)).round(3))
       [0.693 1.386 2.079]
     """
     if isinstance(jacobians, Jacobians):
-        validation.finite("jacobians", jacobians)
+        check_finite(jacobians)
         return _norm_profile(jacobians)
     return _norm_profile(DenseJacobians(products.checked_matrices(jacobians)))
 
 
-def _checked_lags(lags: Sequence[int] | None, num_steps: int) -> Array:
+def _check_product(product: FactoredProduct) -> None:
+    if not isinstance(product, FactoredProduct):
+        raise ValueError(
+            f"product must be a FactoredProduct, what factor_product returns; got {type(product).__name__}"
+        )
+
+
+def _checked_lags(lags: Any, num_steps: int) -> Array:
     if lags is None:
         return jnp.arange(1, num_steps + 1)
-    ordered = sorted(validation.positive_integer("lags", lag) for lag in np.ravel(lags).tolist())
+    if isinstance(lags, (np.ndarray, jax.Array)):
+        lags = np.asarray(lags).tolist()
+    if not isinstance(lags, Sequence) or isinstance(lags, str):
+        raise ValueError(f"lags must be a sequence of numbers of steps such as [1, 10, 100], got {lags!r}")
+    ordered = sorted(validation.positive_integer("lags", lag) for lag in lags)
     if not ordered or len(set(ordered)) < len(ordered) or ordered[-1] > num_steps:
         raise ValueError(f"lags must be distinct numbers of steps in [1, {num_steps}], got {list(lags)}")
     return jnp.array(ordered)

@@ -69,27 +69,6 @@ class FitSettings:
 
 
 @dataclasses.dataclass
-class FitResult:
-    """What a run of ``fit`` came to, complete or not.
-
-    Attributes:
-      state: the state after the last finished step.
-      readings: what the monitor saw, with ``reading_steps``.
-      evaluations: held-out loss and accuracy, with ``evaluation_steps``.
-      interrupted: whether Ctrl-C ended the run.
-      timing: where the time went.
-    """
-
-    state: TrainState
-    readings: list[Reading] = dataclasses.field(default_factory=list)
-    reading_steps: list[int] = dataclasses.field(default_factory=list)
-    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    evaluation_steps: list[int] = dataclasses.field(default_factory=list)
-    interrupted: bool = False
-    timing: "Timing" = dataclasses.field(default_factory=lambda: Timing())
-
-
-@dataclasses.dataclass
 class Timing:
     """Seconds that training and monitoring took.
 
@@ -102,7 +81,7 @@ class Timing:
     monitored: list[float] = dataclasses.field(default_factory=list)
 
     def monitor_overhead(self) -> float:
-        """Returns the time that monitoring added, as a share of the training time without it.
+        """Returns the time that monitoring added, compilation left out, as a share of the training time without it.
 
         Steps without a measurement set what a step costs. The first of each kind is left out: it is compilation, see
         ``compile_seconds``. NaN where there are too few steps to tell.
@@ -118,10 +97,62 @@ class Timing:
         return sum(times[0] - statistics.median(times[1:]) for times in (self.plain, self.monitored) if len(times) > 1)
 
 
+@dataclasses.dataclass
+class FitResult:
+    """What a run of ``fit`` came to, complete or not.
+
+    Attributes:
+      state: the state after the last finished step.
+      measured: what the monitor saw, each with the number of its training step.
+      evaluated: held-out loss and accuracy, each with the number of steps taken before.
+      interrupted: whether Ctrl-C ended the run.
+      timing: where the time went.
+    """
+
+    state: TrainState
+    measured: list[tuple[int, Reading]] = dataclasses.field(default_factory=list)
+    evaluated: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
+    interrupted: bool = False
+    timing: Timing = dataclasses.field(default_factory=Timing)
+
+    @property
+    def reading_steps(self) -> list[int]:
+        """Returns the training steps that were measured."""
+        return [step for step, _ in self.measured]
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Returns what the monitor saw."""
+        return [reading for _, reading in self.measured]
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """Returns after how many training steps the network was evaluated."""
+        return [step for step, _ in self.evaluated]
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """Returns held-out loss and accuracy."""
+        return [scores for _, scores in self.evaluated]
+
+
 def create_state(network: RecurrentNetwork, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step.
+
+    Args:
+      network: gives the initial weights.
+      optimizer: from ``clipped``.
+
+    Raises:
+      ValueError: an optimiser that did not come from ``clipped``.
+    """
     params = nnx.state(network, nnx.Param)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    opt_state = optimizer.init(params)
+    try:
+        clipping_state(opt_state)
+    except ValueError as error:
+        raise ValueError("optimizer must come from clipped(...), around any Optax optimiser") from error
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "task", "optimizer", "truncation"))
@@ -165,6 +196,14 @@ def monitored_train_step(
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Array], Array]:
     """Takes one optimiser step as ``train_step`` does, and keeps the hidden gradients of its backward pass.
+
+    Args:
+      graph: structure of the network, from ``nnx.split``.
+      task: gives loss and accuracy.
+      optimizer: from ``clipped``.
+      truncation: window of truncated backpropagation through time, or None.
+      state: the state before the step.
+      batch: the batch.
 
     Returns:
       The state after the step, its metrics, and ‖∂L/∂h_t‖ over the batch for every layer and step, ``[L, T]``.
@@ -211,7 +250,17 @@ def _norm_of_each_step(hidden_gradient: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("graph", "task"))
 def evaluate(graph: nnx.GraphDef, task: Task, params: nnx.State, batch: Batch) -> dict[str, Array]:
-    """Returns held-out loss and accuracy of a network on one batch, as scalars."""
+    """Returns loss and accuracy of a network on one batch, as scalars.
+
+    Args:
+      graph: structure of the network, from ``nnx.split``.
+      task: gives loss and accuracy.
+      params: the network's weights.
+      batch: the batch, held out from training.
+
+    Returns:
+      ``loss`` and ``accuracy``.
+    """
     outputs = nnx.merge(graph, params)(batch.inputs)
     return {"loss": task.loss(outputs, batch), "accuracy": task.accuracy(outputs, batch)}
 
@@ -241,11 +290,23 @@ def fit(
 
     Returns:
       The ``FitResult``.
+
+    Raises:
+      ValueError: an optimiser that did not come from ``clipped``.
+
+    Example:
+      >>> import optax, rnnjax
+      >>> from flax import nnx
+      >>> from rnnjax.tasks import make_task
+      >>> task = make_task("adding", sequence_length=6)
+      >>> network = RecurrentNetwork(rnnjax.GRUCell(4), task.output_size, input_size=task.input_size, rngs=nnx.Rngs(0))
+      >>> result = fit(network, task, rnnjax.clipped(optax.adam(1e-2), max_norm=1.0), FitSettings(steps=3))
+      >>> int(result.state.step), result.evaluation_steps
+      (3, [3])
     """
     graph, _ = nnx.split(network)
     held_out = task.evaluation_batch(settings.seed)
     result = FitResult(create_state(network, optimizer))
-    start = time.monotonic()
     with TrainingProgress(label, settings.steps) as progress:
         try:
             for step in range(settings.steps):
@@ -253,7 +314,7 @@ def fit(
                 if (step + 1) % settings.evaluate_every == 0 or step == settings.steps - 1:
                     row |= _evaluation(graph, task, held_out, result, step + 1)
                 if metrics is not None:
-                    metrics.write(step, seconds=time.monotonic() - start, **row)
+                    metrics.write(step, **row)
                 progress.update(step, row)
                 if on_step is not None:
                     on_step(step, row)
@@ -285,15 +346,13 @@ def _one_step(
     reading = monitor.measure(layers, hidden_gradient_norms)
     row = _as_numbers(scalars) | reading.summary()
     result.timing.monitored.append(time.perf_counter() - began)
-    result.readings.append(reading)
-    result.reading_steps.append(step)
+    result.measured.append((step, reading))
     return row
 
 
 def _evaluation(graph: nnx.GraphDef, task: Task, held_out: Batch, result: FitResult, step: int) -> dict[str, float]:
     scores = _as_numbers(evaluate(graph, task, result.state.params, held_out))
-    result.evaluations.append(scores)
-    result.evaluation_steps.append(step)
+    result.evaluated.append((step, scores))
     return {f"held_out_{name}": value for name, value in scores.items()}
 
 

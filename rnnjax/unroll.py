@@ -76,7 +76,8 @@ def unroll(
       inputs: ``[T, ..., D]``, time-major.
       carry: the carry before the first step; ``cell.initialize_carry`` by default.
       lengths: whole numbers ``[...]`` in [0, T]. From its length on a sequence's carry stands still, its outputs are
-        zero and its gradients exactly zero, whatever its padding holds.
+        zero and its gradients exactly zero, whatever its padding holds: the cell is given the sequence's first input
+        in place of padding (zeros where the length is 0).
       resets: bool ``[T, ...]``. Where true, the carry is initialised again before that step.
       truncation: window length n of truncated backpropagation through time. Windows are [0, n), [n, 2n), … in the
         order of processing of each sequence, and no gradient crosses the start of a window, the first included; the
@@ -132,7 +133,7 @@ def trajectory(cell: Cell, params: Params, inputs: Any, carry: Carry | None = No
 
     Raises:
       ValueError: shapes that do not fit the cell, T = 0, non-finite inputs, weights or carry; a state that becomes
-        non-finite, with its step.
+        non-finite, with the step of the inputs, counted from 0, at which it does.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -146,7 +147,8 @@ def trajectory(cell: Cell, params: Params, inputs: Any, carry: Carry | None = No
     for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
         validation.finite(name, value)
     carries = _carries(cell, params, inputs, carry)
-    validation.finite_steps("state", carries)
+    # Without the carry before the first step, so that the index is that of the input that led to the state.
+    validation.finite_steps("state", jax.tree.map(lambda leaf: leaf[1:], carries))
     return Trajectory(carries, inputs)
 
 
@@ -221,8 +223,17 @@ def _time_axis(num_steps: int, lengths: Array) -> Array:
 
 
 def _without_padding(inputs: Any, lengths: Array) -> Any:
-    """Zeroes inputs past each length: a NaN there would turn the masked, zero gradients into NaN."""
-    return jax.tree.map(lambda x: _where(_before_length(x.shape[0], lengths), x, jnp.zeros_like(x)), inputs)
+    """Replaces inputs past each length by the sequence's first: a NaN there would make the masked gradients NaN.
+
+    Zeros would not do, since a step of the user's own, such as x/‖x‖, may have no derivative there.
+    """
+
+    def filled(x: Array) -> Array:
+        first = jax.lax.stop_gradient(jnp.asarray(x[:1]))
+        filler = _where(lengths[None] > 0, first, jnp.zeros_like(first))
+        return _where(_before_length(x.shape[0], lengths), x, filler)
+
+    return jax.tree.map(filled, inputs)
 
 
 def _perturb(cell: Cell, carry: Carry, perturbation: Array) -> tuple[Carry, Array]:
@@ -233,7 +244,8 @@ def _perturb(cell: Cell, carry: Carry, perturbation: Array) -> tuple[Carry, Arra
 
 def _check_perturbations(cell: Cell, perturbations: Array, leading: tuple[int, ...]) -> None:
     if not isinstance(cell, AffineCell):
-        raise ValueError(f"perturbations needs an affine cell, whose output is its hidden state; got {type(cell)}")
+        kind = type(cell).__name__
+        raise ValueError(f"perturbations needs an affine cell, whose output is its hidden state; got {kind}")
     validation.shape("perturbations", perturbations, (*leading, cell.hidden_size))
 
 

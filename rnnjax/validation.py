@@ -17,21 +17,26 @@ import numpy as np
 
 def positive_integer(name: str, value: Any) -> int:
     """Returns ``value`` as an int, or raises ValueError unless it is a whole number of at least 1."""
-    return _integer_from(name, value, 1, "a positive integer")
+    return _integer(name, value, 1, math.inf, "a positive integer")
 
 
 def non_negative_integer(name: str, value: Any) -> int:
     """Returns ``value`` as an int, or raises ValueError unless it is a whole number of at least 0."""
-    return _integer_from(name, value, 0, "a non-negative integer")
+    return _integer(name, value, 0, math.inf, "a non-negative integer")
 
 
 def integer_at_least(name: str, value: Any, minimum: int) -> int:
     """Returns ``value`` as an int, or raises ValueError unless it is a whole number of at least ``minimum``."""
-    return _integer_from(name, value, minimum, f"an integer of at least {minimum}")
+    return _integer(name, value, minimum, math.inf, f"an integer of at least {minimum}")
 
 
-def _integer_from(name: str, value: Any, minimum: int, allowed: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+def integer_between(name: str, value: Any, low: int, high: int) -> int:
+    """Returns ``value`` as an int, or raises ValueError unless it is a whole number in [low, high]."""
+    return _integer(name, value, low, high, f"a whole number in [{low}, {high}]")
+
+
+def _integer(name: str, value: Any, low: int, high: float, allowed: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return int(value)
 
@@ -68,18 +73,30 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+class NonFiniteError(ValueError):
+    """A value that must be finite is a NaN or an infinity."""
+
+
 def finite(name: str, tree: Any) -> None:
     """Raises ValueError that names the first non-finite leaf and index of ``tree``, where it has values."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        # NumPy does not count bfloat16 among its floating-point types, and has no form for a random key.
-        if is_concrete(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
-            if len(bad):
-                index = tuple(int(i) for i in bad[0])
-                where = f"{name}{jax.tree_util.keystr(path)}{list(index)}"
-                raise ValueError(
-                    f"{name} must be finite, got {where} = {np.asarray(leaf)[index]} ({len(bad)} such values)"
-                )
+        if not _all_finite(leaf):
+            values = np.asarray(leaf)
+            bad = np.argwhere(~np.isfinite(values))
+            index = tuple(int(i) for i in bad[0])
+            where = f"{name}{jax.tree_util.keystr(path)}{list(index)}"
+            raise NonFiniteError(f"{name} must be finite, got {where} = {values[index]} ({len(bad)} such values)")
+
+
+def _all_finite(leaf: Any) -> bool:
+    """Whether a leaf holds finite numbers only, or nothing that can be looked at."""
+    # NumPy does not count bfloat16 among its floating-point types, and has no form for a random key.
+    if not is_concrete(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return True
+    if not isinstance(leaf, jax.Array):
+        return bool(np.isfinite(leaf).all())
+    with jax.ensure_compile_time_eval():  # A constant of a traced function is looked at, not traced.
+        return bool(jnp.isfinite(leaf).all())  # On the device: one bit comes back, not the array.
 
 
 def floating_dtype(name: str, dtype: Any) -> None:
@@ -87,7 +104,10 @@ def floating_dtype(name: str, dtype: Any) -> None:
     if not _names_dtype(dtype) or not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"{name} must be a floating-point dtype such as float32, got {dtype!r}")
     if jnp.dtype(dtype) == np.float64 and not float64_enabled():
-        raise ValueError(f"{name} can be float64 only when JAX has it switched on: jax.enable_x64(True)")
+        raise ValueError(
+            f"{name} can be float64 only when JAX has it switched on: "
+            'with jax.enable_x64(True): ..., or jax.config.update("jax_enable_x64", True)'
+        )
 
 
 def _names_dtype(value: Any) -> bool:
@@ -111,26 +131,69 @@ def shape(name: str, array: Any, expected: tuple[int | None, ...]) -> None:
         raise ValueError(f"{name} must have shape ({wanted}), got {actual}")
 
 
-def same_shapes(name: str, tree: Any, expected: Any) -> None:
-    """Raises ValueError unless ``tree`` has the structure and the leaf shapes of ``expected``."""
-    actual_structure, structure = str(jax.tree.structure(tree)), str(jax.tree.structure(expected))
-    if actual_structure != structure:
-        raise ValueError(f"{name} must have the structure {structure}, got {actual_structure}")
+class _Word(str):
+    """A text that stands in a printed tree without quotes."""
+
+    __repr__ = str.__str__
+
+
+def in_words(tree: Any) -> str:
+    """Returns a pytree as text, with dtypes and shapes in place of its arrays: ``{'h': float32[3]}``."""
+
+    def word(leaf: Any) -> _Word:
+        if not hasattr(leaf, "dtype"):
+            return _Word(type(leaf).__name__)
+        return _Word(f"{leaf.dtype}{list(leaf.shape)}")
+
+    text = repr(jax.tree.map(word, tree))
+    return f"one array {text}" if hasattr(tree, "dtype") else text
+
+
+def same_shapes(name: str, tree: Any, expected: Any, allowed: str | None = None) -> None:
+    """Raises ValueError unless ``tree`` has the structure and the leaf shapes of ``expected``, ``allowed`` in words."""
+    if str(jax.tree.structure(tree)) != str(jax.tree.structure(expected)):
+        raise ValueError(f"{name} must be {allowed or 'like ' + in_words(expected)}, got {in_words(tree)}")
     for (path, leaf), wanted in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
         shape(name + jax.tree_util.keystr(path), leaf, wanted.shape)
 
 
 def time_major(name: str, array: Any, features: int | None) -> None:
     """Raises ValueError unless ``array`` is a float array ``[T, ..., D]`` with T ≥ 1 (and D = ``features``)."""
-    if not hasattr(array, "dtype"):
-        raise ValueError(f"{name} must be an array, got {type(array).__name__}")
+    _is_array(name, array)
     actual = jnp.shape(array)
     last = "D" if features is None else str(features)
     if len(actual) < 2 or (features is not None and actual[-1] != features):
         raise ValueError(f"{name} must be time-major with shape [T, ..., {last}], got shape {actual}")
     if actual[0] == 0:
         raise ValueError(f"{name} must have at least one time step, got shape {actual}")
-    if features is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+    if features is not None:
+        _is_floating(name, array)
+
+
+def one_step(name: str, array: Any, features: int) -> None:
+    """Raises ValueError unless ``array`` is a float array ``[..., D]`` with D = ``features``."""
+    _is_array(name, array)
+    if jnp.shape(array)[-1:] != (features,):
+        raise ValueError(f"{name} must have shape [..., D] with D = {features}, got shape {jnp.shape(array)}")
+    _is_floating(name, array)
+
+
+def same_dtype(name: str, array: Any, like_name: str, like: Any) -> None:
+    """Raises ValueError unless ``array`` is floating point, in the dtype of ``like``."""
+    _is_floating(name, array)
+    if jnp.result_type(array) != jnp.result_type(like):
+        raise ValueError(
+            f"{name} must have the dtype of {like_name}, {jnp.result_type(like)}, got {jnp.result_type(array)}"
+        )
+
+
+def _is_array(name: str, value: Any) -> None:
+    if not hasattr(value, "dtype"):
+        raise ValueError(f"{name} must be an array, got {type(value).__name__}")
+
+
+def _is_floating(name: str, array: Any) -> None:
+    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
         raise ValueError(f"{name} must be floating point, got dtype {jnp.result_type(array)}")
 
 
@@ -161,14 +224,7 @@ def finite_steps(name: str, tree: Any) -> None:
     steps = [
         int(np.argwhere(~np.isfinite(np.asarray(leaf)))[0][0])
         for leaf in jax.tree.leaves(tree)
-        if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all()
+        if not _all_finite(leaf)
     ]
     if steps:
-        raise ValueError(f"{name} must be finite, got a NaN or an overflow at time step {min(steps)}")
-
-
-def integer_between(name: str, value: Any, low: int, high: int) -> int:
-    """Returns ``value`` as an int, or raises ValueError unless it is a whole number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-        raise ValueError(f"{name} must be a whole number in [{low}, {high}], got {value!r}")
-    return int(value)
+        raise NonFiniteError(f"{name} must be finite, got a NaN or an overflow at time step {min(steps)}")

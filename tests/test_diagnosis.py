@@ -71,5 +71,5 @@ def test_wrong_shape_is_refused(log_norms):
 
 @pytest.mark.parametrize("num_steps", [0, -1, 2.5, True])
 def test_wrong_number_of_steps_is_refused(num_steps):
-    with pytest.raises(ValueError, match="^num_steps must be a positive integer"):
+    with pytest.raises(ValueError, match=r"^num_steps must be a positive integer"):
         classify_regime([1.0], num_steps)

@@ -238,9 +238,9 @@ def test_impossible_transient(num_transient):
 def test_refused_inputs_and_weights():
     cell = rnnjax.VanillaCell(2)
     params = cell.init(jax.random.key(0), 1)
-    with pytest.raises(ValueError, match="^inputs must have at least one time step"):
+    with pytest.raises(ValueError, match=r"^inputs must have at least one time step"):
         lyapunov_spectrum(cell, params, jnp.zeros((0, 1)))
-    with pytest.raises(ValueError, match="^params must be finite"):
+    with pytest.raises(ValueError, match=r"^params must be finite"):
         lyapunov_spectrum(cell, params.replace(bias=jnp.full((1, 2), jnp.nan)), jnp.zeros((3, 1)))
 
 

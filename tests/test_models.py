@@ -10,7 +10,7 @@ import rnnjax
 from rnnjax import testing
 from rnnjax.models import RecurrentLayer, RecurrentNetwork, layer_views, zero_perturbations
 
-T, B, D, H, O = 5, 3, 2, 4, 6
+T, B, D, H, NUM_OUTPUTS = 5, 3, 2, 4, 6
 LENGTHS = np.array([5, 2, 0])
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 7, size=(T, B)), jnp.int32)
 
@@ -23,10 +23,12 @@ def network(cell=None, *, input_size=D, seed=0, **options):
     """A network whose biases are random too."""
     if "vocabulary_size" in options:
         input_size = None
-    made = RecurrentNetwork(cell or rnnjax.VanillaCell(H), O, input_size=input_size, rngs=nnx.Rngs(seed), **options)
+    made = RecurrentNetwork(
+        cell or rnnjax.VanillaCell(H), NUM_OUTPUTS, input_size=input_size, rngs=nnx.Rngs(seed), **options
+    )
     rng = np.random.default_rng(seed)
     for bias in (*(layer.bias for layer in made.layers), made.output.bias):
-        bias.value = jnp.asarray(rng.normal(size=bias.shape), bias.dtype)
+        bias[...] = jnp.asarray(rng.normal(size=bias.shape), bias.dtype)
     return made
 
 
@@ -59,7 +61,10 @@ def test_stacked_layers_and_readout(num_layers, skip, readout):
     made = network(num_layers=num_layers, skip_connections=skip, readout=readout)
     expected = by_hand(made, features())[1]
     result = made(features())
-    assert result.shape == ((T, B, O) if readout == "every" else (B, O)) and result.dtype == jnp.float32
+    assert (
+        result.shape == ((T, B, NUM_OUTPUTS) if readout == "every" else (B, NUM_OUTPUTS))
+        and result.dtype == jnp.float32
+    )
     np.testing.assert_allclose(result, expected if readout == "every" else expected[-1], atol=1e-5)
 
 
@@ -138,7 +143,7 @@ def test_network_survives_being_split_and_merged():
     assert not np.allclose(nnx.merge(graph, doubled)(TOKENS), made(TOKENS))
     per_layer = 3 * (H * H + H * H + 2 * H)  # reset, update and candidate, each with two biases
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(made, nnx.Param)))
-    assert count == 7 * H + 2 * per_layer + H * O + O
+    assert count == 7 * H + 2 * per_layer + H * NUM_OUTPUTS + NUM_OUTPUTS
 
 
 def test_weights_follow_the_seed_and_the_cells_initialiser():
@@ -152,8 +157,8 @@ def test_weights_follow_the_seed_and_the_cells_initialiser():
         np.testing.assert_allclose(layer.recurrent_kernel[:, 0], 0.3 * np.eye(H))
 
 
-def test_float64(dtype):
-    made = network(num_layers=2, dtype=dtype)
+def test_both_precisions(dtype):
+    made = network(dtype=dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made))} == {dtype}
     result = made(features(dtype))
     assert result.dtype == dtype
@@ -162,7 +167,7 @@ def test_float64(dtype):
 
 
 def test_bfloat16():
-    made = network(num_layers=2, vocabulary_size=7, dtype=jnp.bfloat16, readout="every")
+    made = network(vocabulary_size=7, dtype=jnp.bfloat16, readout="every")
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made))} == {jnp.dtype(jnp.bfloat16)}
     result = made(TOKENS)
     assert result.dtype == jnp.bfloat16
@@ -196,7 +201,7 @@ def test_layer_alone_takes_a_carry():
 )
 def test_impossible_settings(options, message):
     with pytest.raises(ValueError, match=message):
-        RecurrentNetwork(rnnjax.VanillaCell(H), **({"output_size": O} | options), rngs=nnx.Rngs(0))
+        RecurrentNetwork(rnnjax.VanillaCell(H), **({"output_size": NUM_OUTPUTS} | options), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +216,12 @@ def test_impossible_settings(options, message):
 def test_unfit_inputs(inputs, message):
     with pytest.raises(ValueError, match=message):
         network()(inputs)
+
+
+@pytest.mark.parametrize("inputs", [TOKENS.at[1, 2].set(7), TOKENS.at[1, 2].set(-1), jnp.ones((T, B)), TOKENS[:0]])
+def test_unfit_tokens(inputs):
+    with pytest.raises(ValueError, match=r"^inputs must be (tokens|whole-number tokens)"):
+        network(vocabulary_size=7)(inputs)
 
 
 @pytest.mark.parametrize("count", [1, 3])

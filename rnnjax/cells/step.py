@@ -20,8 +20,14 @@ class StepCell(Cell):
     ``jax.jacrev`` of the whole flattened carry.
 
     Attributes:
-      step_fn: the step; params and carry are any pytrees of arrays.
-      example_carry: the carry of one sequence before its first step; also what ``resets`` go back to.
+      step_fn: the step; params and carry are any pytrees of arrays or numbers, inputs one time step ``[D]`` of each
+        array ``[T, ..., D]`` in the inputs: its last axis alone holds the features, those between are batch axes.
+      example_carry: the carry of one sequence before its first step; also what ``resets`` go back to. ``step_fn`` must
+        return a carry of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: when the cell is used: an ``example_carry`` that is empty or not finite, or a ``step_fn`` that does
+        not return a carry like it, and an output.
 
     Example:
       >>> import jax.numpy as jnp, rnnjax
@@ -68,9 +74,49 @@ class StepCell(Cell):
         return step(params, carry, prepared)
 
     def check(self, params: Params, inputs: Any, carry: Carry | None = None) -> None:
-        """Raises ValueError if inputs have no time steps, or a carry is not shaped like ``example_carry``."""
+        """Raises ValueError if inputs have no time steps, or a carry, new or old, is not like ``example_carry``."""
+        self._check_example()
+        if not jax.tree.leaves(inputs):
+            raise ValueError(f"inputs must hold an array [T, ..., D], got {validation.in_words(inputs)}")
         for leaf in jax.tree.leaves(inputs):
             validation.time_major("inputs", leaf, None)
+        batch_shape = self.batch_shape(inputs)
         if carry is not None:
-            expected = jax.eval_shape(lambda: self.initialize_carry(self.batch_shape(inputs)))
-            validation.same_shapes("carry", carry, expected)
+            self._check_carry(carry, batch_shape)
+        self._check_new_carry(params, inputs, 1 + len(batch_shape))
+
+    def check_step(self, params: Params, carry: Carry, inputs: Any) -> None:
+        """Raises ValueError if a carry, new or old, is not like ``example_carry``."""
+        self._check_example()
+        leaves, examples = jax.tree.leaves(carry), jax.tree.leaves(self.example_carry)
+        batch_axes = jnp.ndim(leaves[0]) - jnp.ndim(examples[0]) if leaves else 0
+        batch_shape = jnp.shape(leaves[0])[: max(batch_axes, 0)] if leaves else ()
+        self._check_carry(carry, batch_shape)
+        self._check_new_carry(params, inputs, len(batch_shape))
+
+    def _check_example(self) -> None:
+        if not jax.tree.leaves(self.example_carry):
+            raise ValueError(f"example_carry must hold an array, got {validation.in_words(self.example_carry)}")
+        validation.finite("example_carry", self.example_carry)
+
+    def _check_carry(self, carry: Carry, batch_shape: tuple[int, ...]) -> None:
+        validation.same_shapes("carry", carry, jax.eval_shape(lambda: self.initialize_carry(batch_shape)))
+
+    def _check_new_carry(self, params: Params, inputs: Any, num_leading: int) -> None:
+        """Runs ``step_fn`` on shapes alone, for one sequence: ``num_leading`` axes of the inputs are left out."""
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[num_leading:], jnp.result_type(x)), inputs)
+        old = jax.eval_shape(self.initialize_carry)
+        result = jax.eval_shape(self.step_fn, params, old, one)
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise ValueError(f"step_fn must return a pair (carry, output), got {validation.in_words(result)}")
+        if not _alike(result[0], old):
+            like, got = validation.in_words(old), validation.in_words(result[0])
+            raise ValueError(f"step_fn must return a carry like example_carry, {like}, got {got}")
+
+
+def _alike(new: Carry, old: Carry) -> bool:
+    """Whether a scan can hand ``new`` on in place of ``old``; a number without a dtype of its own takes the new one."""
+    if str(jax.tree.structure(new)) != str(jax.tree.structure(old)):
+        return False
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    return all(a.shape == b.shape and (b.weak_type or a.dtype == b.dtype) for a, b in pairs)

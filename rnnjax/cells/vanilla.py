@@ -20,7 +20,7 @@ class VanillaCell(AffineCell):
     Attributes:
       hidden_size: number of units H.
       activation: φ: ``tanh``, ``relu``, ``leaky_relu``, ``elu``, ``softplus``, ``sigmoid``, ``identity``, or any
-        elementwise function.
+        elementwise function, whose slope is taken to be at most 1 in absolute value.
 
     Raises:
       ValueError: a size that is not a positive integer, an unknown activation.
@@ -46,7 +46,7 @@ class VanillaCell(AffineCell):
 
     @property
     def max_slope(self) -> float:
-        """γ = sup |φ'|."""
+        """γ = sup |φ'|; 1 for an activation that is a function of the user's own."""
         return make_activation(self.activation).max_slope
 
     def pointwise(
