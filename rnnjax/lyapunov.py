@@ -144,8 +144,8 @@ def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | N
       >>> import jax.numpy as jnp
       >>> from rnnjax.jacobians import DenseJacobians
       >>> steps = DenseJacobians(jnp.stack([jnp.array([[2.0, 1.0], [1.0, 1.0]])] * 50))
-      >>> print(finite_time_exponents(steps, 2).round(4))  # ± log of the squared golden ratio
-      [ 0.9624 -0.9624]
+      >>> [f"{exponent:.4f}" for exponent in finite_time_exponents(steps, 2)]  # ± log of the squared golden ratio
+      ['0.9624', '-0.9624']
 
     Source: H. Rutishauser, Simultaneous iteration method for symmetric matrices, Numerische Mathematik 16, 1970,
     applied to (J_T … J_1)ᵀ (J_T … J_1).

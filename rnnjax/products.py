@@ -220,11 +220,11 @@ def _sorted_qr(columns: Array, log_scales: Array) -> tuple[Array, Array, Array]:
 
     def move_one(state: tuple[Array, tuple[Array, Array, Array]]) -> tuple[Array, tuple[Array, Array, Array]]:
         moves, (order, _, triangle) = state
-        dependent = jnp.argmax(hiding(order, triangle))
-        return moves + 1, factored(order[jnp.argsort(jnp.arange(len(order)) == dependent)])
+        dependent = jax.lax.argmax(hiding(order, triangle), 0, jnp.int32)
+        return moves + 1, factored(order[jnp.argsort(jnp.arange(len(order), dtype=jnp.int32) == dependent)])
 
     by_size = jnp.argsort(-(log_scales + jnp.log(jnp.abs(columns).max(axis=0))))
-    _, (order, left, triangle) = jax.lax.while_loop(unfinished, move_one, (jnp.array(0), factored(by_size)))
+    _, (order, left, triangle) = jax.lax.while_loop(unfinished, move_one, (jnp.zeros((), jnp.int32), factored(by_size)))
     return order, jnp.zeros_like(left).at[rows].set(left), triangle
 
 

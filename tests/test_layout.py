@@ -46,6 +46,7 @@ LAYOUT = [
     "rnnjax.serialization",
     "rnnjax.workdir",
     "rnnjax.metrics",
+    "rnnjax.timing",
     "rnnjax.monitor",
     "rnnjax.progress",
     "rnnjax.models",

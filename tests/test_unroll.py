@@ -299,5 +299,5 @@ def test_a_state_that_overflows_is_an_error_with_its_step():
     cell = rnnjax.VanillaCell(1, activation="identity")
     params = cell.init(jax.random.key(0), 1).replace(recurrent_kernel=jnp.full((1, 1, 1), 1e20))
     # h = 1, 1e20, 1e40: the second state is beyond float32.
-    with pytest.raises(ValueError, match="state must be finite, got a NaN or an overflow at time step 2"):
+    with pytest.raises(ValueError, match="state must be finite, got a NaN or an overflow at time step 1"):
         rnnjax.trajectory(cell, params, jnp.ones((5, 1)), jnp.ones(1))
