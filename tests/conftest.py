@@ -5,6 +5,7 @@ import os
 os.environ["MPLBACKEND"] = "Agg"  # Before anything imports matplotlib: tests run without a screen.
 # Before anything loads LAPACK: a second thread gains nothing on small matrices, and on a busy machine waits for ages.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Two test processes share a GPU's memory.
 
 import hypothesis
 import jax
