@@ -144,6 +144,7 @@ def _measure(layers: Sequence[LayerView], num_exponents: int) -> dict[str, Array
 def _measure_layer(layer: LayerView, num_exponents: int) -> dict[str, Array]:
     path = trajectory(layer.cell, layer.params, layer.inputs)
     jacobians = jacobian_operator(layer.cell, layer.params, path)
+    assert isinstance(jacobians, StructuredJacobians)  # as those of every affine cell
     exponents = finite_time_exponents(jacobians, min(num_exponents, jacobians.shape[-1]))
     return {
         "log_spectral_norms": spectral_norm_profile(jacobians),

@@ -271,7 +271,7 @@ def fit(
       >>> from rnnjax.tasks import make_task
       >>> task = make_task("adding", sequence_length=6)
       >>> network = RecurrentNetwork(rnnjax.GRUCell(4), task.output_size, input_size=task.input_size, rngs=nnx.Rngs(0))
-      >>> result = fit(network, task, rnnjax.clipped(optax.adam(1e-2), max_norm=1.0), FitSettings(steps=3))
+      >>> result = fit(network, task, rnnjax.clipped(optax.sgd(1e-2), max_norm=1.0), FitSettings(steps=3))
       >>> int(result.state.step), result.evaluation_steps
       (3, [3])
     """

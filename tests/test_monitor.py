@@ -159,6 +159,16 @@ def test_orthogonal_linear_network_has_one_exponent():
     np.testing.assert_allclose(reading.kernel_spectral_radii, [[0.5]], rtol=1e-5)
 
 
+def test_bfloat16_layer_is_measured_in_float32():
+    cell = rnnjax.VanillaCell(H, activation="identity", recurrent_initializer=initializers.Identity(0.3))
+    layer = LayerView(cell, cell.init(jax.random.key(0), D, jnp.bfloat16), jnp.ones((T, B, D)))
+    reading = MONITOR.measure([layer], jnp.ones((1, T)))
+    gain = float(jnp.bfloat16(0.3))
+    assert reading.log_spectral_norms.dtype == np.float32
+    np.testing.assert_allclose(reading.log_spectral_norms[0, -1], [T * math.log(gain)] * 2, rtol=1e-5)
+    np.testing.assert_allclose(reading.finite_time_exponents, np.full((1, 3, 2), math.log(gain)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_weights_give_nan(layers, bad):
     params = layers[1].params

@@ -131,6 +131,19 @@ def test_dead_units_lose_exactly_their_rank_and_harm_no_other(dead, transposed, 
     assert worst(logs(chain), exact) < LIMIT[dtype.name]
 
 
+COINCIDING = {
+    "two columns": [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 2]],
+    "columns and rows": [[0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("name", COINCIDING)
+def test_coinciding_columns_lose_their_rank_once(name, dtype):
+    """A zero on the diagonal of R that is not its last one must not be counted twice."""
+    chain = np.stack([np.array(COINCIDING[name], float)] * 20)
+    assert worst(logs(jnp.asarray(chain, dtype)), testing.exact_log_singular_values(chain)) < LIMIT[dtype.name]
+
+
 def test_invariants_of_any_chain(dtype):
     chain = gaussian(200, 6, dtype, 7)
     values, norm, log_abs_det = map(np.asarray, spectrum(chain))

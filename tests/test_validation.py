@@ -125,6 +125,7 @@ def test_the_first_step_that_is_not_finite_is_named():
         (lambda: v.time_major("x", np.ones((4, 2)), 3), r"x must be time-major with shape \[T, ..., 3\]"),
         (lambda: v.time_major("x", np.ones((4, 3), int), 3), "x must be floating point, got dtype int"),
         (lambda: v.time_major("x", [[1.0]], 1), "x must be an array, got list"),
+        (lambda: v.one_step("x", np.ones((2, 3)), 4), r"x must have shape \[..., D\] with D = 4, got shape \(2, 3\)"),
         (lambda: v.lengths("n", np.array([1, 5]), (2,), 4), r"n must lie in \[0, 4\], the number of time steps; got 5"),
         (lambda: v.lengths("n", np.array([1.0]), (1,), 4), "n must be whole numbers, got dtype float"),
         (lambda: v.lengths("n", np.array([1]), (2,), 4), r"n must have shape \(2\), got \(1,\)"),
