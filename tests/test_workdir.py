@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_environment(workdir):
     assert environment["platform"] == jax.default_backend()
     assert environment["device_kind"] == jax.devices()[0].device_kind
     assert (environment["num_devices"], environment["cpu_count"]) == (len(jax.devices()), os.cpu_count())
-    assert "pytest" in environment["command_line"]
+    assert shlex.split(environment["command_line"]) == sys.orig_argv
     start = datetime.datetime.fromisoformat(environment["start_time"])
     assert start.utcoffset() == datetime.timedelta(0)
     assert abs((datetime.datetime.now(datetime.UTC) - start).total_seconds()) < 600
