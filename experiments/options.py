@@ -82,3 +82,14 @@ def no_arguments(argv: Sequence[str]) -> None:
 def quiet_logging() -> None:
     """Leaves out what JAX logs about accelerators that are not there, which absl would print."""
     logging.set_verbosity(logging.WARNING)
+
+
+def positive_integer(name: str, value: int | str) -> int:
+    """Returns the value of flag ``name`` as an integer of at least 1, or raises ValueError."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"--{name} must be a positive integer, got {value!r}")
+    return number

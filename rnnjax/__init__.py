@@ -1,18 +1,17 @@
 """rnnjax: recurrent networks in JAX, and the exact answer to why their gradients vanish or explode."""
 
-from rnnjax import activations, initializers
+from rnnjax import activations, initializers, mean_field
 from rnnjax.cells import AffineCell, Cell, CellParams, GRUCell, LeakyCell, LSTMCell, StepCell, VanillaCell
 from rnnjax.clipping import ClippedState, clipped, clipping_state
+from rnnjax.composition import factor_product_over_mesh, multiply_products
+from rnnjax.covariant import CovariantVectors, covariant_vectors
 from rnnjax.jacobians import StructuredJacobians, autodiff_step_jacobians, step_jacobians, structured_jacobians
+from rnnjax.leading import LeadingSingularValues, leading_log_singular_values
 from rnnjax.lyapunov import LyapunovResult, kaplan_yorke_dimension, lyapunov_spectrum
+from rnnjax.norms import spectral_norm_profile
 from rnnjax.products import FactoredProduct, factor_product
-from rnnjax.singular_values import (
-    SpectralProfile,
-    log_singular_values,
-    log_spectral_norm,
-    spectral_norm_profile,
-    spectral_profile,
-)
+from rnnjax.profiles import SpectralGrid, SpectralProfile, spectral_grid, spectral_profile
+from rnnjax.singular_values import SingularSpectrum, log_singular_values, log_spectral_norm, singular_spectrum
 from rnnjax.unroll import Trajectory, trajectory, unroll
 
 __version__ = "0.1.0"
@@ -22,11 +21,15 @@ __all__ = [
     "Cell",
     "CellParams",
     "ClippedState",
+    "CovariantVectors",
     "FactoredProduct",
     "GRUCell",
     "LSTMCell",
     "LeakyCell",
+    "LeadingSingularValues",
     "LyapunovResult",
+    "SingularSpectrum",
+    "SpectralGrid",
     "SpectralProfile",
     "StepCell",
     "StructuredJacobians",
@@ -36,12 +39,19 @@ __all__ = [
     "autodiff_step_jacobians",
     "clipped",
     "clipping_state",
+    "covariant_vectors",
     "factor_product",
+    "factor_product_over_mesh",
     "initializers",
     "kaplan_yorke_dimension",
+    "leading_log_singular_values",
     "log_singular_values",
     "log_spectral_norm",
+    "mean_field",
+    "multiply_products",
     "lyapunov_spectrum",
+    "singular_spectrum",
+    "spectral_grid",
     "spectral_norm_profile",
     "spectral_profile",
     "step_jacobians",

@@ -1,37 +1,49 @@
-"""One-sided Jacobi rotations on rows whose lengths span thousands of nats.
+"""Singular values of graded rows, by QR iteration and one-sided Jacobi rotations on lengths kept in logs.
 
-Each row is a unit vector u_j and a log length ℓ_j, so that no length is ever formed. For a pair with
-d = e^(ℓ_q − ℓ_p) ≤ 1 and c = u_p·u_q, the rotation with
+The rows of diag(e^ℓ) · V span thousands of nats. A few QR iterations (see ``graded.transposed``) make rows whose lengths
+differ much orthogonal at little cost; what is left are neighbours of like length, which Jacobi rotations finish. Each
+row is a unit vector u_j and a log length ℓ_j, so that no length is ever formed. For a pair with d = e^(ℓ_q − ℓ_p) ≤ 1
+and c = u_p·u_q, the rotation with
 
     τ = 2c / ((1 − d²) + √((1 − d²)² + 4c²d²)),   t = τ d
 
 takes u_p to u_p + t d u_q and u_q to u_q − τ u_p, both then normalised, and makes the two rows orthogonal. As d → 0 it
-becomes a Gram–Schmidt step. A round-robin order gives S/2 independent rotations at a time.
+becomes a Gram–Schmidt step. All pairs of rows a given distance apart take two rounds, and a sweep goes through the
+distances at which rows are not yet orthogonal.
 
 References: M. R. Hestenes, Inversion of matrices by biorthogonalization and related results, 1958; J. Demmel et al.,
-Computing the singular value decomposition with high relative accuracy, Linear Algebra and its Applications 299, 1999.
+Computing the singular value decomposition with high relative accuracy, Linear Algebra and its Applications 299, 1999;
+Z. Drmač & K. Veselić, New fast and accurate Jacobi SVD algorithm I, SIAM J. Matrix Anal. Appl. 29, 2008.
 """
+
+import dataclasses
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rnnjax.products import add
+from rnnjax import graded, lapack
 from rnnjax.typing import Array
 
 _MAX_SWEEPS = 30
+_QR_ITERATIONS = 6
 
 
 @flax.struct.dataclass
 class _Rows:
-    """Unit rows ``[S, S]``, log lengths ``[S]`` and what the float sums of the lengths left out ``[S]``."""
+    """Unit rows ``[S, S]``, log lengths ``[S]``, what their float sums left out ``[S]``, and the rotation so far.
+
+    ``rotation`` is ``[S, S]``, or ``[S, 0]`` where nobody asks for it.
+    """
 
     units: Array
     log_lengths: Array
     remainder: Array
+    rotation: Array
 
 
-def log_singular_values_of_rows(log_scales: Array, remainder: Array, rows: Array) -> Array:
+def log_singular_values_of_rows(log_scales: Array, remainder: Array, rows: Array) -> tuple[Array, Array]:
     """Returns the logs of the singular values of diag(e^(log_scales + remainder)) · rows.
 
     Args:
@@ -40,68 +52,123 @@ def log_singular_values_of_rows(log_scales: Array, remainder: Array, rows: Array
       rows: ``[S, S]``, well conditioned.
 
     Returns:
-      ``[S]`` nats, descending.
+      ``[S]`` nats, descending; and the number of Jacobi sweeps, int32, 0 where the values are so close to each other
+      that a plain SVD has them all.
     """
-    count = len(log_scales)
-    padding = count % 2  # pairs need an even number; a zero row changes nothing
-    rows = jnp.pad(rows, ((0, padding), (0, 0)))
-    log_scales = jnp.pad(log_scales, (0, padding), constant_values=-jnp.inf)
-    start = _normalized(_Rows(rows, log_scales, jnp.pad(remainder, (0, padding))))
-    tolerance = 4 * count**0.5 * jnp.finfo(rows.dtype).eps
+    identity = jnp.eye(len(log_scales), dtype=rows.dtype)
 
-    def unfinished(state: tuple[Array, Array, _Rows]) -> Array:
-        sweeps, largest_cosine, _ = state
-        return (largest_cosine > tolerance) & (sweeps < _MAX_SWEEPS)
+    def iterate(_: int, current: graded.Factors) -> graded.Factors:
+        return graded.transposed(dataclasses.replace(current, left=identity))
 
-    def sweep(state: tuple[Array, Array, _Rows]) -> tuple[Array, Array, _Rows]:
-        sweeps, _, current = state
-        nothing = jnp.zeros((), rows.dtype)
-        cosine, current = jax.lax.fori_loop(0, count + padding - 1, lambda _, x: _round(*x), (nothing, current))
-        return sweeps + 1, cosine, current
-
-    _, _, result = jax.lax.while_loop(unfinished, sweep, (jnp.array(0), jnp.array(jnp.inf, rows.dtype), start))
-    return -jnp.sort(-(result.log_lengths + result.remainder))[:count]
+    start = graded.Factors(identity, log_scales, remainder, rows)
+    factors = jax.lax.fori_loop(0, _QR_ITERATIONS, iterate, start)
+    spread = jnp.max(factors.log_scales) - jnp.min(factors.log_scales)
+    close = spread <= -np.log(jnp.finfo(rows.dtype).eps) / 4
+    values, sweeps = jax.lax.cond(close, _by_svd, _by_rotations, factors)
+    return -jnp.sort(-values), sweeps
 
 
-def _round(largest_cosine: Array, rows: _Rows) -> tuple[Array, _Rows]:
-    """Rotates row i against row S−1−i, all at once, then moves every row but the first on by one place."""
-    half = len(rows.log_lengths) // 2
-    top = jax.tree.map(lambda x: x[:half], rows)
-    bottom = jax.tree.map(lambda x: x[half:][::-1], rows)
-    cosine, top, bottom = _rotate(top, bottom)
-    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b[::-1]]), top, bottom)
-    moved = jax.tree.map(lambda x: jnp.concatenate([x[:1], x[-1:], x[1:-1]]), joined)
-    return jnp.maximum(largest_cosine, cosine), moved
+def graded_svd(factors: graded.Factors) -> tuple[Array, Array, Array]:
+    """Returns log σ_i and the singular vectors of P = L · diag(e^ℓ) · V with orthonormal L.
+
+    Args:
+      factors: L ``[S, b]``, ℓ ``[b]`` and V ``[b, b]``.
+
+    Returns:
+      log σ_i ``[b]`` in nats, descending; left singular vectors ``[S, b]`` and right singular vectors ``[b, b]``, by
+      columns. Vectors of lost directions are meaningless.
+    """
+
+    def iterate(_: int, current: graded.Factors) -> graded.Factors:
+        return graded.transposed(graded.transposed(current))
+
+    factors = jax.lax.fori_loop(0, _QR_ITERATIONS // 2, iterate, factors)
+    rows, _ = _rotated(factors, jnp.eye(len(factors.log_scales), dtype=factors.right.dtype))
+    values = rows.log_lengths + rows.remainder
+    order = jnp.argsort(-values).astype(jnp.int32)
+    left = lapack.matmul(factors.left, rows.rotation[order].T)
+    return values[order], left, rows.units[order].T
 
 
-def _rotate(first: _Rows, second: _Rows) -> tuple[Array, _Rows, _Rows]:
-    """Makes each row of ``first`` orthogonal to its partner in ``second``; returns the largest cosine found."""
-    swap = second.log_lengths > first.log_lengths
-    long = jax.tree.map(lambda a, b: _select(swap, b, a), first, second)
-    short = jax.tree.map(lambda a, b: _select(swap, a, b), first, second)
-    live = short.log_lengths > -jnp.inf
-    gap = (short.log_lengths - long.log_lengths) + (short.remainder - long.remainder)
+def _by_svd(factors: graded.Factors) -> tuple[Array, Array]:
+    """Returns log singular values that span few nats, which a plain SVD gives with small relative error."""
+    largest = jnp.max(factors.log_scales)
+    scales = jnp.exp((factors.log_scales - largest) + factors.remainder)
+    return largest + jnp.log(lapack.singular_values(scales[:, None] * factors.right)), jnp.zeros((), jnp.int32)
+
+
+def _by_rotations(factors: graded.Factors) -> tuple[Array, Array]:
+    """Returns log singular values, unsorted, and the number of sweeps."""
+    rows, sweeps = _rotated(factors, jnp.zeros((len(factors.log_scales), 0), factors.right.dtype))
+    return rows.log_lengths + rows.remainder, sweeps
+
+
+def _rotated(factors: graded.Factors, rotation: Array) -> tuple[_Rows, Array]:
+    """Rotates the rows of diag(e^ℓ) · V until all are orthogonal; returns them and the number of sweeps."""
+    start = _normalized(_Rows(factors.right, factors.log_scales, factors.remainder, rotation))
+
+    def unfinished(state: tuple[Array, _Rows, Array]) -> Array:
+        sweeps, _, distance = state
+        return (distance > 0) & (sweeps < _MAX_SWEEPS)
+
+    def sweep(state: tuple[Array, _Rows, Array]) -> tuple[Array, _Rows, Array]:
+        sweeps, rows, distance = state
+        rows = jax.lax.fori_loop(jnp.ones((), jnp.int32), distance + 1, _rotate_at, rows)
+        return sweeps + 1, rows, _largest_distance(rows)
+
+    sweeps, rows, _ = jax.lax.while_loop(unfinished, sweep, (jnp.zeros((), jnp.int32), start, _largest_distance(start)))
+    return rows, sweeps
+
+
+def _largest_distance(rows: _Rows) -> Array:
+    """Returns how far apart in the list rows may be that are not orthogonal, int32; 0 when all are."""
+    size = len(rows.log_lengths)
+    tolerance = 4 * size**0.5 * float(jnp.finfo(rows.units.dtype).eps)
+    live = (rows.log_lengths > -jnp.inf).astype(rows.units.dtype)
+    units = live[:, None] * rows.units
+    cosines = jnp.abs(lapack.matmul(units, units.T))
+    positions = jnp.arange(size, dtype=jnp.int32)
+    apart = jnp.abs(positions[:, None] - positions[None, :])
+    return jnp.max(jnp.where(cosines > tolerance, apart, 0))
+
+
+def _rotate_at(distance: Array, rows: _Rows) -> _Rows:
+    """Rotates every pair of rows ``distance`` apart: two rounds of disjoint pairs."""
+    positions = jnp.arange(len(rows.log_lengths), dtype=jnp.int32)
+    even = (positions // distance) % 2 == 0
+    for first in (even, ~even):
+        partner = jnp.where(first, positions + distance, positions - distance)
+        inside = (partner >= 0) & (partner < len(positions))
+        rows = _rotate(rows, jnp.where(inside, partner, positions), first, inside)
+    return rows
+
+
+def _rotate(rows: _Rows, partner: Array, first: Array, paired: Array) -> _Rows:
+    """Makes each row orthogonal to its partner; ``first`` marks one of each pair, ``paired`` who has a partner."""
+    others = jax.tree.map(lambda leaf: leaf[partner], rows)
+    live = paired & (rows.log_lengths > -jnp.inf) & (others.log_lengths > -jnp.inf)
+    gap = (others.log_lengths - rows.log_lengths) + (others.remainder - rows.remainder)
     gap = jnp.where(live, gap, 0)
-    cosine = jnp.where(live, jnp.sum(long.units * short.units, axis=1), 0)
-    ratio = jnp.exp(jnp.minimum(gap, 0))
-    difference = -jnp.expm1(2 * jnp.minimum(gap, 0))  # 1 − d²
+    longer = (gap < 0) | ((gap == 0) & first)
+    cosine = jnp.where(live, jnp.sum(rows.units * others.units, axis=1), 0)
+    ratio = jnp.exp(-jnp.abs(gap))
+    difference = -jnp.expm1(-2 * jnp.abs(gap))  # 1 − d²
     denominator = difference + jnp.sqrt(difference**2 + (2 * cosine * ratio) ** 2)
     tau = jnp.where(cosine == 0, 0, 2 * cosine / jnp.where(cosine == 0, 1, denominator))
     tangent = tau * ratio
-    shrink = jnp.log1p(tangent**2) / 2
-    new_long = _normalized(long.replace(units=long.units + (tangent * ratio)[:, None] * short.units), shrink)
-    new_short = _normalized(short.replace(units=short.units - tau[:, None] * long.units), shrink)
-    first = jax.tree.map(lambda a, b: _select(swap, a, b), new_short, new_long)
-    second = jax.tree.map(lambda a, b: _select(swap, a, b), new_long, new_short)
-    return jnp.abs(cosine).max(), first, second
+    share = jnp.where(longer, tangent * ratio, -tau)
+    turn = jnp.where(longer, tangent, -tangent) / jnp.sqrt(1 + tangent**2)
+    turned = dataclasses.replace(
+        rows,
+        units=rows.units + share[:, None] * others.units,
+        rotation=rows.rotation / jnp.sqrt(1 + tangent**2)[:, None] + turn[:, None] * others.rotation,
+    )
+    return _normalized(turned, jnp.log1p(tangent**2) / 2)
 
 
 def _normalized(rows: _Rows, shrink: Array | float = 0.0) -> _Rows:
     """Moves the length of each row, less ``shrink`` nats, into its log length; a zero row becomes a lost one."""
     norms = jnp.sqrt(jnp.sum(rows.units**2, axis=1))
-    log_lengths, remainder = add(rows.log_lengths, rows.remainder, jnp.log(norms) - shrink)
-    return _Rows(rows.units / jnp.where(norms > 0, norms, 1)[:, None], log_lengths, remainder)
-
-
-def _select(condition: Array, on_true: Array, on_false: Array) -> Array:
-    return jnp.where(condition.reshape(-1, *(1,) * (on_true.ndim - 1)), on_true, on_false)
+    log_lengths, remainder = graded.add(rows.log_lengths, rows.remainder, jnp.log(norms) - shrink)
+    units = rows.units / jnp.where(norms > 0, norms, 1)[:, None]
+    return dataclasses.replace(rows, units=units, log_lengths=log_lengths, remainder=remainder)

@@ -10,125 +10,40 @@ for all steps at once, outside the scan. ``jax.jacrev`` of the pointwise functio
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell, CellParams
 from rnnjax.cells.base import split_gates
-from rnnjax.typing import Array, Carry, DType, Params
+from rnnjax.operators import (
+    DenseJacobians,
+    Jacobians,
+    LinearizedJacobians,
+    StructuredJacobians,
+    check_finite,
+    first_non_finite_step,
+)
+from rnnjax.typing import Array, Carry, Params
 from rnnjax.unroll import Trajectory
 
-
-@flax.struct.dataclass
-class StructuredJacobians:
-    """Step Jacobians of an affine cell, kept as the factors of J = P + D Uᵀ.
-
-    C is the number of values a unit carries: 1, or 2 for the LSTM. States are ordered by carry, then by unit.
-
-    Attributes:
-      carry_derivatives: P, ``[..., C, C, H]``: entry (a, b, j) is ∂(carry a of unit j)' / ∂(carry b of unit j).
-      recurrent_derivatives: D, ``[..., C, G, H]``: entry (a, g, j) is ∂(carry a of unit j)' / ∂(gate g's r of unit j).
-      recurrent_kernel: U, ``[H, G, H]``.
-    """
-
-    carry_derivatives: Array
-    recurrent_derivatives: Array
-    recurrent_kernel: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the dense Jacobians, ``[T, ..., S, S]`` with S = C · H."""
-        *leading, num_carries, _, hidden = self.carry_derivatives.shape
-        return (*leading, num_carries * hidden, num_carries * hidden)
-
-    @property
-    def dtype(self) -> DType:
-        """Dtype of the Jacobians."""
-        return self.carry_derivatives.dtype
-
-    def at_step(self, step: Array | int) -> "StructuredJacobians":
-        """Returns the Jacobian of one step, without the time axis."""
-        return StructuredJacobians(
-            self.carry_derivatives[step], self.recurrent_derivatives[step], self.recurrent_kernel
-        )
-
-    def dense(self) -> Array:
-        """Returns J, ``[..., S, S]``."""
-        diagonal, gates = self.carry_derivatives, self.recurrent_derivatives
-        hidden = diagonal.shape[-1]
-        through_gates = jnp.einsum("...agj,igj->...aji", gates, self.recurrent_kernel, precision="highest")
-        same_unit = _rank_to(jnp.eye(hidden, dtype=self.dtype)[:, None], diagonal.ndim + 1)
-        unit_to_unit = jnp.moveaxis(diagonal, -2, -1)[..., None] * same_unit
-        from_hidden = unit_to_unit[..., 0, :] + through_gates
-        blocks = jnp.concatenate([from_hidden[..., None, :], unit_to_unit[..., 1:, :]], axis=-2)
-        return blocks.reshape(self.shape)
-
-    def times(self, columns: Array) -> Array:
-        """Returns J V for V ``[..., S, m]``, whose leading axes are those of J, at the cost of U V."""
-        parts = self._by_carry(columns)
-        through_gates = jnp.einsum("igj,...im->...gjm", self.recurrent_kernel, parts[..., 0, :, :], precision="highest")
-        result = jnp.einsum("...abj,...bjm->...ajm", self.carry_derivatives, parts, precision="highest")
-        result += jnp.einsum("...agj,...gjm->...ajm", self.recurrent_derivatives, through_gates, precision="highest")
-        return result.reshape(columns.shape)
-
-    def transpose_times(self, columns: Array) -> Array:
-        """Returns Jᵀ V for V ``[..., S, m]``, whose leading axes are those of J, at the cost of Uᵀ V."""
-        parts = self._by_carry(columns)
-        result = jnp.einsum("...abj,...ajm->...bjm", self.carry_derivatives, parts, precision="highest")
-        at_gates = jnp.einsum("...agj,...ajm->...gjm", self.recurrent_derivatives, parts, precision="highest")
-        to_hidden = jnp.einsum("igj,...gjm->...im", self.recurrent_kernel, at_gates, precision="highest")
-        return result.at[..., 0, :, :].add(to_hidden).reshape(columns.shape)
-
-    def _by_carry(self, columns: Array) -> Array:
-        num_carries, hidden = self.carry_derivatives.shape[-2:]
-        return columns.reshape(*columns.shape[:-2], num_carries, hidden, columns.shape[-1])
-
-
-@flax.struct.dataclass
-class DenseJacobians:
-    """Step Jacobians kept as matrices, with the methods of ``StructuredJacobians``.
-
-    Attributes:
-      matrices: ``[T, ..., S, S]``.
-    """
-
-    matrices: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``[T, ..., S, S]``."""
-        return self.matrices.shape
-
-    @property
-    def dtype(self) -> DType:
-        """Dtype of the Jacobians."""
-        return self.matrices.dtype
-
-    def at_step(self, step: Array | int) -> "DenseJacobians":
-        """Returns the Jacobian of one step, without the time axis."""
-        return DenseJacobians(self.matrices[step])
-
-    def dense(self) -> Array:
-        """Returns J, ``[..., S, S]``."""
-        return self.matrices
-
-    def times(self, columns: Array) -> Array:
-        """Returns J V for V ``[..., S, m]``."""
-        return jnp.matmul(self.matrices, columns, precision="highest")
-
-    def transpose_times(self, columns: Array) -> Array:
-        """Returns Jᵀ V for V ``[..., S, m]``."""
-        return jnp.matmul(jnp.swapaxes(self.matrices, -1, -2), columns, precision="highest")
-
-
-Jacobians = StructuredJacobians | DenseJacobians
+__all__ = [
+    "DenseJacobians",
+    "Jacobians",
+    "LinearizedJacobians",
+    "StructuredJacobians",
+    "autodiff_step_jacobians",
+    "check_finite",
+    "first_non_finite_step",
+    "jacobian_operator",
+    "linearized_jacobians",
+    "step_jacobians",
+    "structured_jacobians",
+]
 
 
 def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jacobians:
-    """Returns every step Jacobian in the cheapest form the cell allows: factors for affine cells, else matrices.
+    """Returns every step Jacobian in the cheapest form the cell allows: factors for affine cells, else a linearised step.
 
     Args:
       cell: any cell.
@@ -136,8 +51,8 @@ def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jac
       trajectory: the states and inputs at which to differentiate, T steps.
 
     Returns:
-      ``StructuredJacobians`` or ``DenseJacobians``: an object with ``times``, ``transpose_times``, ``dense`` and
-      ``at_step``, in the dtype of the states (float32 for narrower ones).
+      ``StructuredJacobians`` or ``LinearizedJacobians``: an object with ``times``, ``transpose_times``, ``dense`` and
+      ``at_step``, in the dtype of the states (float32 for narrower ones). No matrix is formed.
 
     Raises:
       ValueError: a Jacobian that is not finite, with its step.
@@ -154,18 +69,33 @@ def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jac
     if isinstance(cell, AffineCell):
         jacobians: Jacobians = structured_jacobians(cell, params, trajectory)
     else:
-        jacobians = DenseJacobians(_autodiff_step_jacobians(cell, params, trajectory))
+        jacobians = linearized_jacobians(cell, params, trajectory)
     check_finite(jacobians)
     return jacobians
 
 
-def check_finite(jacobians: Jacobians) -> None:
-    """Raises ValueError that names the first step whose Jacobian is not finite, where it has values."""
-    if isinstance(jacobians, DenseJacobians):
-        validation.finite_steps("step Jacobian", jacobians.matrices)
-    else:
-        validation.finite_steps("step Jacobian", (jacobians.carry_derivatives, jacobians.recurrent_derivatives))
-        validation.finite("jacobians.recurrent_kernel", jacobians.recurrent_kernel)
+def linearized_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> LinearizedJacobians:
+    """Returns every step Jacobian as a linearised step: products with vectors by ``jax.jvp`` and ``jax.vjp``.
+
+    Args:
+      cell: any cell.
+      params: its weights.
+      trajectory: the states and inputs at which to differentiate, T steps.
+
+    Returns:
+      ``LinearizedJacobians`` with leading axes ``[T, ...]``, in the dtype of the states.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnnjax
+      >>> cell = rnnjax.StepCell(lambda params, h, x: (jnp.sin(params * h) + x, h), example_carry=jnp.zeros(2))
+      >>> steps = linearized_jacobians(cell, 0.5, rnnjax.trajectory(cell, 0.5, jnp.ones((3, 2))))
+      >>> print(steps.at_step(0).times(jnp.ones((2, 1))))  # ½ cos 0
+      [[0.5]
+       [0.5]]
+    """
+    before = jax.tree.map(lambda leaf: leaf[:-1], trajectory.carries)
+    num_axes = 1 + len(cell.batch_shape(trajectory.inputs))
+    return LinearizedJacobians(cell, params, before, trajectory.inputs, num_axes, validation.float64_enabled())
 
 
 def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Trajectory) -> StructuredJacobians:
@@ -262,21 +192,7 @@ def _structured_step_jacobians(cell: AffineCell, params: CellParams, trajectory:
 
 @jax.jit
 def _autodiff_step_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> Array:
-    template = jax.eval_shape(cell.initialize_carry)
-    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template))
-
-    def jacobian(carry: Carry, inputs: Any) -> Array:
-        def next_state(state: Array) -> Array:
-            like = jax.tree.map(lambda new, old: new.astype(old.dtype), unravel(state), carry)
-            return ravel_pytree(cell.apply(params, like, inputs)[0])[0]
-
-        return jax.jacrev(next_state)(ravel_pytree(carry)[0])
-
-    before = jax.tree.map(lambda leaf: leaf[:-1], trajectory.carries)
-    for _ in range(1 + len(cell.batch_shape(trajectory.inputs))):
-        jacobian = jax.vmap(jacobian)
-    with jax.default_matmul_precision("highest"):
-        return jacobian(before, trajectory.inputs)
+    return linearized_jacobians(cell, params, trajectory).dense()
 
 
 def _unit_derivatives(
@@ -304,7 +220,3 @@ def _at_least_float32(tree: Any) -> Any:
         return jnp.asarray(leaf, jnp.float32) if narrow else leaf
 
     return jax.tree.map(widen, tree)
-
-
-def _rank_to(array: Array, rank: int) -> Array:
-    return array.reshape((1,) * (rank - array.ndim) + array.shape)

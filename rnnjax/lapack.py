@@ -1,4 +1,4 @@
-"""Matrix factorisations of many matrices, one at a time on CPU.
+"""Matrix products at full precision, and factorisations of many matrices, one at a time on CPU.
 
 On CPU a batched LAPACK call is a loop in any case, and inside a compiled loop XLA may wait for ever for the threads it
 hands the batch to (seen with jaxlib 0.10.2: a scan of QR factorisations of two 128 × 128 matrices on two cores). One
@@ -32,6 +32,17 @@ def over_batch(function: Callable[..., Any], array: Array, num_axes: int) -> Any
     return jax.tree.map(lambda leaf: leaf.reshape(*array.shape[:num_axes], *leaf.shape[1:]), results)
 
 
+def matmul(left: Array, right: Array) -> Array:
+    """Returns left · right for ``[..., m, k]`` and ``[..., k, n]`` with the same leading axes, at the highest precision.
+
+    jnp.matmul would also name its output's dtype, and that is what JAX refuses when a compiled program that switched
+    float64 on for itself is mapped by a ``jax.vmap`` from outside.
+    """
+    batch = tuple(range(left.ndim - 2))
+    axes = (((left.ndim - 1,), (right.ndim - 2,)), (batch, batch))
+    return jax.lax.dot_general(left, right, axes, precision=jax.lax.Precision.HIGHEST)
+
+
 def qr(matrices: Array) -> tuple[Array, Array]:
     """Returns the reduced QR factorisation of ``[..., m, n]``."""
     return over_batch(jnp.linalg.qr, matrices, matrices.ndim - 2)
@@ -45,3 +56,8 @@ def log_abs_det(matrices: Array) -> Array:
 def spectral_norm(matrices: Array) -> Array:
     """Returns the largest singular value of ``[..., m, n]``."""
     return over_batch(lambda matrix: jnp.linalg.norm(matrix, 2), matrices, matrices.ndim - 2)
+
+
+def singular_values(matrices: Array) -> Array:
+    """Returns the singular values of ``[..., m, n]``, descending."""
+    return over_batch(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False), matrices, matrices.ndim - 2)

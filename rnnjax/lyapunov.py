@@ -1,95 +1,196 @@
 """Lyapunov exponents: average growth rates of a trajectory's perturbations, in nats per step.
 
-Exponents come from QR sums (Benettin et al. 1980): an orthonormal frame is carried along by the Jacobians and made
-orthonormal again at each step, J_t Q_{t−1} = Q_t R_t; exponent i is the average of log|R_ii|. These sums converge to
-the exponents as T → ∞, but they are not the log singular values of the finite product: see ``singular_values``.
+A frame is carried along by the Jacobians and made orthonormal again, J_t Q_{t−1} = Q_t R_t; exponent i is the average
+of log|R_ii| (Benettin et al. 1980) as T → ∞. For finite T it is not the log of a singular value of the product: see
+``singular_values``.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rnnjax import lapack, validation
-from rnnjax.cells import Cell
+from rnnjax import validation
+from rnnjax.cells import Cell, CellParams
+from rnnjax.frames import block_growth, frame_growth, random_frame
 from rnnjax.jacobians import Jacobians, jacobian_operator
 from rnnjax.typing import Array, Carry, Key, Params
 from rnnjax.unroll import trajectory
+
+__all__ = [
+    "LyapunovResult",
+    "finite_time_exponents",
+    "frame_growth",
+    "kaplan_yorke_dimension",
+    "lyapunov_spectrum",
+    "random_frame",
+]
 
 _NUM_BATCH_MEANS = 20
 
 
 @flax.struct.dataclass
 class LyapunovResult:
-    """Lyapunov exponents of a trajectory and what they rest on.
+    """Lyapunov exponents of a trajectory, what they rest on, and where the run stopped.
+
+    Standard errors are by batch means over up to 20 groups of blocks, which allows for the correlation of neighbouring
+    steps; NaN with fewer than 2 full blocks, or where rank is lost. No gradient passes through them.
 
     Attributes:
       exponents: ``[..., k]`` nats per step, descending; −inf where rank is lost.
-      standard_errors: ``[..., k]`` nats per step, from the means of up to 20 consecutive blocks (batch means), which
-        allows for the correlation of neighbouring steps; NaN with fewer than 2 steps, or where rank is lost.
-      convergence_drift: ``[..., k]`` nats per step, exponents of the second half minus those of all steps; NaN where
-        rank is lost.
+      standard_errors: ``[..., k]`` nats per step.
+      convergence_drift: ``[..., k]`` nats per step, exponents of the second half of the blocks minus those of all; NaN
+        where rank is lost.
       kaplan_yorke_dimension: ``[...]``, the dimension of the attractor (Kaplan & Yorke 1979); NaN when the exponents
         computed do not suffice, S when all S of them do not sum to less than 0.
-      local_exponents: ``[T', ..., k]`` nats, log|R_ii| of each step after the transient.
+      kaplan_yorke_standard_error: ``[...]``, to first order in the errors of the exponents.
+      entropy_rate: ``[...]`` nats per step, the sum of the positive exponents (Pesin 1977); NaN when the exponents
+        computed do not suffice.
+      entropy_rate_standard_error: ``[...]`` nats per step.
+      local_exponents: ``[M, ..., k]`` nats per step, averages over blocks of steps.
+      block_logs: ``[M, ..., k]`` nats, Σ log|R_ii| of each block, by column of the frame.
+      frame: ``[..., S, k]``, orthonormal, after the last step.
+      carry: the carry after the last step.
+      num_steps: steps that count.
+      block_length: steps in a block; the last may hold fewer.
     """
 
     exponents: Array
     standard_errors: Array
     convergence_drift: Array
     kaplan_yorke_dimension: Array
+    kaplan_yorke_standard_error: Array
+    entropy_rate: Array
+    entropy_rate_standard_error: Array
     local_exponents: Array
+    block_logs: Array
+    frame: Array
+    carry: Carry
+    num_steps: int = flax.struct.field(pytree_node=False)
+    block_length: int = flax.struct.field(pytree_node=False)
 
 
 def lyapunov_spectrum(
     cell: Cell,
     params: Params,
-    inputs: Any,
+    inputs: Any = None,
     carry: Carry | None = None,
     *,
+    num_steps: int | None = None,
     num_exponents: int | None = None,
     num_transient: int = 0,
+    num_state_transient: int = 0,
+    block_length: int | None = None,
+    resume: LyapunovResult | None = None,
     key: Key | None = None,
 ) -> LyapunovResult:
-    """Returns the leading Lyapunov exponents of a driven recurrent network.
+    """Returns the leading Lyapunov exponents of a recurrent network, driven or autonomous.
+
+    Derivatives are those of a QR at every step, at its cost. In chaos they grow with T as perturbations do.
 
     Args:
       cell: any cell.
       params: its weights.
-      inputs: ``[T, ..., D]``, time-major; zeros for an autonomous network.
+      inputs: ``[T, ..., D]``, time-major; None for an autonomous network: zeros, of one feature for a ``StepCell``.
       carry: the carry before the first step; ``cell.initialize_carry`` by default.
+      num_steps: T of an autonomous network.
       num_exponents: k, at most the state size S; all S by default.
       num_transient: steps at the start in which state and frame settle, and which do not count.
+      num_state_transient: steps before these in which the state settles alone, without the cost of a frame.
+      block_length: steps over which local exponents are averages, 1 for those of each step; a twentieth of the steps
+        that count by default.
+      resume: a result to continue with more steps, as if it had been one run; it settles all other options.
       key: random key of the frame's start; a fixed one by default.
 
     Returns:
       The ``LyapunovResult``.
 
     Raises:
-      ValueError: inputs or weights that ``unroll`` would refuse, ``num_exponents`` not in [1, S],
-        ``num_transient`` not in [0, T); a state or Jacobian that is not finite, with its step.
+      ValueError: inputs or weights that ``unroll`` would refuse; ``num_exponents`` not in [1, S]; transients that leave
+        no step; ``block_length`` not in [1, steps that count]; options that ``resume`` settles; a state or Jacobian
+        that is not finite, with its step; growth that overflows.
 
     Example:
-      >>> import jax, jax.numpy as jnp, rnnjax
+      >>> import jax, rnnjax
       >>> cell = rnnjax.VanillaCell(3, activation="identity", recurrent_initializer=rnnjax.initializers.Orthogonal(2.0))
       >>> params = cell.init(jax.random.key(0), input_size=1)
-      >>> result = lyapunov_spectrum(cell, params, jnp.zeros((50, 1)))
-      >>> print(result.exponents.round(3))  # ln 2
+      >>> print(lyapunov_spectrum(cell, params, num_steps=50).exponents.round(3))  # ln 2
       [0.693 0.693 0.693]
 
     Source: G. Benettin et al., Lyapunov characteristic exponents for smooth dynamical systems, Meccanica 15, 1980;
     R. Engelken, F. Wolf & L. F. Abbott, Lyapunov spectra of chaotic recurrent neural networks, 2023.
     """
+    if resume is not None:
+        _check_settled(carry, num_exponents, num_transient, num_state_transient, block_length, key)
+        carry, block_length = resume.carry, resume.block_length
+    inputs = _driving(cell, params, inputs, carry, num_steps)
     cell.check(params, inputs, carry)
-    num_steps = jax.tree.leaves(inputs)[0].shape[0]
-    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initialize_carry)))
-    count = size if num_exponents is None else validation.integer_between("num_exponents", num_exponents, 1, size)
-    validation.integer_between("num_transient", num_transient, 0, num_steps - 1)
-    jacobians = jacobian_operator(cell, params, trajectory(cell, params, inputs, carry))
-    frame = random_frame(jax.random.key(0) if key is None else key, jacobians, count)
-    _, local = frame_growth(jacobians, frame)
-    return _summarized(local[num_transient:], size)
+    length, size = jax.tree.leaves(inputs)[0].shape[0], _state_size(cell)
+    if num_exponents is not None:
+        validation.integer_between("num_exponents", num_exponents, 1, size)
+    alone = validation.integer_between("num_state_transient", num_state_transient, 0, length - 1)
+    start = alone + validation.integer_between("num_transient", num_transient, 0, length - 1 - alone)
+    if block_length is None:
+        block_length = max(1, (length - start) // _NUM_BATCH_MEANS)
+    elif resume is None:
+        validation.integer_between("block_length", block_length, 1, length - start)
+    path = trajectory(cell, params, inputs, carry)
+    jacobians = jacobian_operator(cell, params, path)
+    if resume is None:
+        frame = random_frame(jax.random.key(0) if key is None else key, jacobians, num_exponents or size)
+    else:
+        frame = resume.frame
+    num_done = 0 if resume is None else resume.num_steps
+    frame, _ = block_growth(jacobians, frame, (alone, start))
+    frame, logs = block_growth(jacobians, frame, _boundaries(start, length, block_length, num_done))
+    logs = logs if resume is None else _joined(resume, logs)
+    _check_growth(logs)
+    carry = jax.tree.map(lambda leaf: leaf[-1], path.carries)
+    num_steps = num_done + length - start
+    return _summarized(logs, size, frame=frame, carry=carry, num_steps=num_steps, block_length=block_length)
+
+
+def _driving(cell: Cell, params: Params, inputs: Any, carry: Carry | None, num_steps: int | None) -> Any:
+    """The inputs, or zeros for an autonomous network."""
+    if inputs is not None:
+        if num_steps is not None:
+            raise ValueError(f"num_steps must be left out where inputs are given, got {num_steps!r}")
+        return inputs
+    if num_steps is None:
+        raise ValueError("inputs must be given, or num_steps for an autonomous network; got neither")
+    validation.positive_integer("num_steps", num_steps)
+    leaf, example = jax.tree.leaves((carry, 0.0))[0], jax.tree.leaves(jax.eval_shape(cell.initialize_carry))[0]
+    batch_shape = jnp.shape(leaf)[: max(jnp.ndim(leaf) - example.ndim, 0)]
+    features = params.input_kernel.shape[0] if isinstance(params, CellParams) else 1
+    dtype = params.input_kernel.dtype if isinstance(params, CellParams) else example.dtype
+    return jnp.zeros((num_steps, *batch_shape, features), dtype)
+
+
+def _state_size(cell: Cell) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initialize_carry)))
+
+
+def _check_settled(carry: Any, num_exponents: Any, num_transient: Any, num_state_transient: Any, *others: Any) -> None:
+    given = [option for option in (carry, num_exponents, *others) if option is not None]
+    if given or num_transient or num_state_transient:
+        raise ValueError("resume settles every option but inputs and num_steps, which alone may be given with it")
+
+
+def _boundaries(start: int, stop: int, block_length: int, num_done: int) -> tuple[int, ...]:
+    """Steps at which blocks begin and end; the first completes one that ``num_done`` earlier steps have begun."""
+    return (start, *range(start + block_length - num_done % block_length, stop, block_length), stop)
+
+
+def _joined(past: LyapunovResult, logs: Array) -> Array:
+    """The blocks of an earlier run and those of its continuation, which may begin inside the earlier one's last."""
+    before = past.block_logs
+    if past.num_steps % past.block_length:
+        before, logs = before[:-1], logs.at[0].add(before[-1])
+    return jnp.concatenate([before, logs])
 
 
 def kaplan_yorke_dimension(exponents: Array, state_size: int | None = None) -> Array:
@@ -112,13 +213,14 @@ def kaplan_yorke_dimension(exponents: Array, state_size: int | None = None) -> A
     Source: J. L. Kaplan & J. A. Yorke, Chaotic behavior of multidimensional difference equations, 1979.
     """
     sums = jnp.cumsum(exponents, axis=-1)
+    falls = jnp.any(sums < 0, axis=-1, keepdims=True)
     below = jnp.argmax(sums < 0, axis=-1, keepdims=True)
     previous = jnp.where(below > 0, jnp.take_along_axis(sums, jnp.maximum(below - 1, 0), axis=-1), 0)
-    next_exponent = jnp.take_along_axis(exponents, below, axis=-1)
+    next_exponent = jnp.where(falls, jnp.take_along_axis(exponents, below, axis=-1), -1)
     dimension = below.astype(exponents.dtype) + previous / jnp.abs(next_exponent)
     most = float(exponents.shape[-1]) if exponents.shape[-1] == state_size else jnp.nan
     whole_space = jnp.where(sums[..., -1] >= 0, most, jnp.nan)
-    return jnp.where(jnp.any(sums < 0, axis=-1), dimension[..., 0], whole_space)
+    return jnp.where(falls[..., 0], dimension[..., 0], whole_space)
 
 
 def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | None = None) -> Array:
@@ -157,82 +259,55 @@ def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | N
     return -jnp.sort(-local.mean(axis=0), axis=-1)
 
 
-def random_frame(key: Key, jacobians: Jacobians, count: int) -> Array:
-    """Returns random orthonormal columns, the same for every sequence.
-
-    Args:
-      key: random key.
-      jacobians: the step Jacobians the frame is for, ``[T, ..., S, S]``; its shape and dtype are used.
-      count: number of columns k, at most S.
-
-    Returns:
-      ``[..., S, k]``, uniformly distributed over the k-frames of the space but for the signs of columns.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from rnnjax.jacobians import DenseJacobians
-      >>> frame = random_frame(jax.random.key(0), DenseJacobians(jnp.ones((5, 3, 4, 4))), 2)
-      >>> frame.shape, bool(jnp.allclose(frame[0].T @ frame[0], jnp.eye(2), atol=1e-6))
-      ((3, 4, 2), True)
-    """
-    *batch_shape, size, _ = jacobians.shape[1:]
-    columns = jnp.linalg.qr(jax.random.normal(key, (size, count), jacobians.dtype))[0]
-    return jnp.broadcast_to(columns.reshape((1,) * len(batch_shape) + columns.shape), (*batch_shape, *columns.shape))
-
-
-def frame_growth(jacobians: Jacobians, frame: Array, *, backward: bool = False) -> tuple[Array, Array]:
-    """Carries an orthonormal frame along, by J_t forward in time or by J_tᵀ backward: J_t Q_{t−1} = Q_t R_t.
-
-    Args:
-      jacobians: the step Jacobians, from ``jacobian_operator``.
-      frame: orthonormal columns ``[..., S, k]``.
-      backward: from the last step to the first, with transposed Jacobians.
-
-    Returns:
-      The last frame ``[..., S, k]``, and log|R_ii| of each step in nats, ``[T, ..., k]``, entry t that of J_t.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from rnnjax.jacobians import DenseJacobians
-      >>> steps = DenseJacobians(jnp.stack([jnp.diag(jnp.array([2.0, 0.5]))] * 3))
-      >>> _, growth = frame_growth(steps, jnp.eye(2))
-      >>> print(growth.sum(axis=0).round(3))  # 3 ln 2 and 3 ln ½
-      [ 2.079 -2.079]
-
-    Source: G. Benettin et al., Lyapunov characteristic exponents for smooth dynamical systems, Meccanica 15, 1980.
-    """
-    return _frame_growth(jacobians, frame, backward)
-
-
-@jax.jit(static_argnames="backward")
-def _frame_growth(jacobians: Jacobians, frame: Array, backward: bool) -> tuple[Array, Array]:
-    def step(frame: Array, time: Array) -> tuple[Array, Array]:
-        jacobian = jacobians.at_step(time)
-        frame, triangle = lapack.qr(jacobian.transpose_times(frame) if backward else jacobian.times(frame))
-        return frame, jnp.log(jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1)))
-
-    return jax.lax.scan(step, frame, jnp.arange(jacobians.shape[0]), reverse=backward)
-
-
-def _summarized(local: Array, state_size: int) -> LyapunovResult:
-    mean = local.mean(axis=0)
-    order = jnp.argsort(-mean, axis=-1)
-    local = jnp.take_along_axis(local, jnp.broadcast_to(order[None], local.shape), axis=-1)
-    exponents = local.mean(axis=0)
+def _summarized(logs: Array, size: int, **rest: Any) -> LyapunovResult:
+    num_steps, block_length = rest["num_steps"], rest["block_length"]
+    lengths = np.diff(np.minimum(np.arange(len(logs) + 1) * block_length, num_steps))
+    order = jnp.argsort(-logs.sum(axis=0), axis=-1)
+    ordered = jnp.take_along_axis(logs, jnp.broadcast_to(order[None], logs.shape), axis=-1)
+    local = ordered / jnp.asarray(lengths.reshape(-1, *(1,) * (logs.ndim - 1)), logs.dtype)
+    exponents, half = ordered.sum(axis=0) / num_steps, len(logs) // 2
+    error = functools.partial(_standard_errors, num_steps=num_steps, block_length=block_length)
+    dimension = functools.partial(kaplan_yorke_dimension, state_size=size)
+    entropy_rate = functools.partial(_sum_of_positive, state_size=size)
     return LyapunovResult(
         exponents=exponents,
-        standard_errors=_standard_errors(local),
-        convergence_drift=local[len(local) // 2 :].mean(axis=0) - exponents,
-        kaplan_yorke_dimension=kaplan_yorke_dimension(exponents, state_size),
+        standard_errors=error(jax.lax.stop_gradient(local)),
+        convergence_drift=ordered[half:].sum(axis=0) / int(lengths[half:].sum()) - exponents,
+        kaplan_yorke_dimension=dimension(exponents),
+        kaplan_yorke_standard_error=error(_linear_part(dimension, exponents, local)),
+        entropy_rate=entropy_rate(exponents),
+        entropy_rate_standard_error=error(_linear_part(entropy_rate, exponents, local)),
         local_exponents=local,
+        block_logs=logs,
+        **rest,
     )
 
 
-def _standard_errors(local: Array) -> Array:
-    """Standard error of the mean over axis 0 by batch means; steps that fill no block count in the mean alone."""
-    num_blocks = min(_NUM_BATCH_MEANS, len(local))
-    if num_blocks < 2:
+def _sum_of_positive(exponents: Array, state_size: int) -> Array:
+    positive = exponents > 0
+    unknown = positive[..., -1] & (exponents.shape[-1] < state_size)
+    return jnp.where(unknown, jnp.nan, jnp.where(positive, exponents, 0).sum(axis=-1))
+
+
+def _linear_part(quantity: Callable[[Array], Array], exponents: Array, local: Array) -> Array:
+    """Σ_i ∂quantity/∂λ_i λ_i of each block: its error is that of the quantity, to first order (delta method)."""
+    exponents, local = jax.lax.stop_gradient((exponents, local))
+    weights = jax.grad(lambda values: quantity(values).sum())(exponents)[None]
+    terms = jnp.where(weights == 0, 0, weights * local)  # Lost rank makes no error where it has no weight.
+    return jnp.where(jnp.isnan(quantity(exponents))[None], jnp.nan, terms.sum(axis=-1))
+
+
+def _standard_errors(local: Array, num_steps: int, block_length: int) -> Array:
+    """Standard error of the mean over axis 0 by batch means; blocks that fill no batch count in the mean alone."""
+    num_full = num_steps // block_length
+    num_batches = min(_NUM_BATCH_MEANS, num_full)
+    if num_batches < 2:
         return jnp.full(local.shape[1:], jnp.nan, local.dtype)
-    length = len(local) // num_blocks
-    means = local[-num_blocks * length :].reshape(num_blocks, length, *local.shape[1:]).mean(axis=1)
-    return means.std(axis=0, ddof=1) * (length / len(local)) ** 0.5
+    length = num_full // num_batches
+    batches = local[num_full - num_batches * length : num_full].reshape(num_batches, length, *local.shape[1:])
+    return batches.mean(axis=1).std(axis=0, ddof=1) * (length * block_length / num_steps) ** 0.5
+
+
+def _check_growth(logs: Array) -> None:
+    if validation.is_concrete(logs):
+        validation.finite_steps("growth of the frame", jnp.where(jnp.isneginf(logs), 0, logs))

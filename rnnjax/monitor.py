@@ -15,7 +15,7 @@ from rnnjax.cells import AffineCell, CellParams
 from rnnjax.diagnosis import Regime, classify_regime
 from rnnjax.jacobians import StructuredJacobians, jacobian_operator
 from rnnjax.lyapunov import finite_time_exponents
-from rnnjax.singular_values import spectral_norm_profile
+from rnnjax.norms import spectral_norm_profile
 from rnnjax.typing import Array
 from rnnjax.unroll import trajectory
 

@@ -1,32 +1,35 @@
 """Long matrix products that neither overflow nor lose their small directions.
 
-A product P = A_T … A_1 is kept in graded factors, P = Q · diag(e^ℓ) · V, with Q orthogonal, ℓ in logs and descending,
-and V well conditioned. Multiplying by the next A needs one QR factorisation:
-
-1. B = A Q; columns sorted by e^ℓ_j ‖B_j‖, rows by their largest entry, both descending; B = Q' R. Sorted columns
-   replace pivoting; sorted rows make Householder QR accurate row by row (Cox & Higham 1998), which matters because
-   the rows of a Jacobian D·Uᵀ differ by orders of magnitude once units saturate.
-2. ℓ'_i = ℓ_i + log|R_ii|, in compensated sums.
-3. V' = (R_ij e^(ℓ_j − ℓ'_i))_ij · V. Sorted, no exponent is large, and underflow is harmless.
-
-Column scales of A_t are moved into the rows of A_{t−1} beforehand, where the row sorting takes care of them too.
-
-References: D. E. Stewart, A new algorithm for the SVD of a long product of matrices and the stability of products,
-ETNA 5, 1997; A. J. Cox & N. J. Higham, Stability of Householder QR factorization for weighted least squares problems,
-1998; C. Bauer, Fast and stable determinant quantum Monte Carlo, SciPost Physics Core 2, 2020.
+A product P = A_T … A_1 is kept in graded factors, P = L · diag(e^ℓ) · V (see ``graded``). Multiplying by the next A
+only changes L to A L. Its columns turn towards the leading direction, and rounding is amplified by their condition
+number κ; they are factored again before ε·κ exceeds what the result's own dtype asks for. How many steps that takes is
+predicted from the condition found last time, and checked: steps that turn out to have been too many are taken back and
+halved.
 """
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnnjax import lapack, validation
+from rnnjax import graded, lapack, validation
+from rnnjax.graded import Factors
+from rnnjax.operators import DenseJacobians, Jacobians, check_finite, first_non_finite_step
 from rnnjax.typing import Array, DType
+
+_ERROR_OF_A_BLOCK = {"float32": 2e-6, "float64": 1e-12}
+"""Nats of error that the steps between two factorisations may add, by the dtype of the result."""
+_MOST_STEPS = 64
+_SAFETY = {"float32": 25.0, "float64": 12.0}
+"""What the root of the summed squares is multiplied by, by the dtype factorised in: it leaves out that later steps may
+amplify errors of earlier ones, and is chosen so that 99 % of the errors of random chains lie below the estimate."""
 
 
 @flax.struct.dataclass
@@ -40,6 +43,10 @@ class FactoredProduct:
       right: V, well conditioned, ``[..., S, S]``.
       log_abs_det: Σ_t log|det A_t| in nats, ``[...]``, computed from each A_t on its own. It must equal the sum of
         all log singular values, and is the evidence that none of them is wrong.
+      error_estimate: how far rounding may have moved each log singular value, nats, ``[..., S]``; 0 where rank is lost.
+      num_factorizations: how many times columns were factored, int32 ``[...]``; T at most when nothing is taken back.
+      first_non_finite_step: the first step with a NaN or an infinity, int32 ``[...]``, −1 where there is none; what
+        the other fields hold is meaningless then. Outside ``jax.jit`` such a step is an error instead.
     """
 
     left: Array
@@ -47,26 +54,146 @@ class FactoredProduct:
     log_scales_remainder: Array
     right: Array
     log_abs_det: Array
+    error_estimate: Array
+    num_factorizations: Array
+    first_non_finite_step: Array
 
 
 @flax.struct.dataclass
-class Factors:
-    """Q, ℓ = scales + remainder, and V, without the evidence: what a scan over a chain carries."""
+class Steps:
+    """How far a chain has been multiplied.
 
-    left: Array
-    log_scales: Array
-    remainder: Array
-    right: Array
+    Attributes:
+      factors: of diag(c_{t+1}) · A_t … A_1, with c_{t+1} = ``scales`` the column scales of the next matrix.
+      scales: ``[S]``.
+      done: t, int32.
+      block: how many steps to take next before columns are factored, int32.
+      num_factorizations: int32.
+      squared_error: square of the error so far of each log scale, in nats, ``[b]``.
+    """
+
+    factors: Factors
+    scales: Array
+    done: Array
+    block: Array
+    num_factorizations: Array
+    squared_error: Array
 
 
-def factor_product(matrices: Array, *, dtype: DType | None = None) -> FactoredProduct:
+@flax.struct.dataclass
+class Chain:
+    """Matrices A_1 … A_T to be multiplied, first to last: Jacobians, or their transposes from the last to the first.
+
+    Attributes:
+      jacobians: of one sequence, ``[T, S, S]``, in the dtype to work in.
+      transposed: whether A_i is the transpose of J_{T+1−i} rather than J_i.
+      limit: condition number at which columns must be factored.
+      scaled: whether column scales are taken from each matrix, which needs the matrix; otherwise they are ones.
+    """
+
+    jacobians: Jacobians
+    transposed: bool = flax.struct.field(pytree_node=False)
+    limit: float = flax.struct.field(pytree_node=False)
+    scaled: bool = flax.struct.field(pytree_node=False, default=True)
+
+    def start(self, mask: Array | None = None, first: Array | int = 0) -> Steps:
+        """Returns the empty product before A_{first + 1}, of columns where ``mask`` ``[S]`` is true (all of them)."""
+        done = jnp.asarray(first, jnp.int32)
+        scales = self.scales(done)
+        kept = scales if mask is None else jnp.where(mask, scales, 0)
+        one, zero = jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32)
+        return Steps(graded.diagonal_factors(kept), scales, done, one, zero, jnp.zeros_like(scales))
+
+    def multiplied(self, frame: Array) -> Factors:
+        """Returns the factors of A_T … A_1 · frame, for orthonormal columns ``[S, b]``."""
+        width, dtype = frame.shape[1], frame.dtype
+        nothing = jnp.zeros(width, dtype)
+        start = dataclasses.replace(
+            self.start(), factors=Factors(frame, nothing, nothing, jnp.eye(width, dtype=dtype)), squared_error=nothing
+        )
+        steps = self.advanced(start, self.jacobians.shape[0])
+        factored = graded.orthogonalized(steps.factors.left, steps.factors.log_scales)
+        return graded.regraded(factored, steps.factors)
+
+    def log_abs_dets(self) -> Array:
+        """Returns log|det A_i … A_1| in nats for every i, ``[T]``, each determinant computed on its own."""
+
+        def step(total: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
+            total = graded.add(*total, self.jacobians.at_step(index).log_abs_det())
+            return total, total[0] + total[1]
+
+        zero = jnp.zeros((), self.jacobians.dtype)
+        indices = jnp.arange(self.jacobians.shape[0], dtype=jnp.int32)
+        return jax.lax.scan(step, (zero, zero), indices[::-1] if self.transposed else indices)[1]
+
+    def times(self, index: Array, columns: Array) -> Array:
+        """Returns A_{index + 1} V."""
+        if self.transposed:
+            return self.jacobians.at_step(self.jacobians.shape[0] - 1 - index).transpose_times(columns)
+        return self.jacobians.at_step(index).times(columns)
+
+    def scales(self, index: Array) -> Array:
+        """Returns the column scales of A_{index + 1}, ``[S]``; ones past the end."""
+        if not self.scaled:
+            return jnp.ones(self.jacobians.shape[-1], self.jacobians.dtype)
+        last = self.jacobians.shape[0] - 1
+        inside = jnp.minimum(index, last).astype(jnp.int32)
+        matrix = self.jacobians.at_step(last - inside if self.transposed else inside).dense()
+        scales = graded.column_scales(matrix.T if self.transposed else matrix)
+        return jnp.where(index > last, jnp.ones_like(scales), scales)
+
+    def columns(self, steps: Steps, count: Array | int) -> Array:
+        """Returns A_{t+count} … A_{t+1} · L of the product so far."""
+        start = graded.unscaled_rows(steps.factors.left, steps.scales)
+        return jax.lax.fori_loop(steps.done, steps.done + count, self.times, start)
+
+    def advanced(self, steps: Steps, end: Array | int) -> Steps:
+        """Returns the product multiplied as far as A_end."""
+        return jax.lax.while_loop(lambda s: s.done < end, lambda s: self._block(s, end), steps)
+
+    def _block(self, steps: Steps, end: Array | int) -> Steps:
+        """Multiplies by a block of steps, or takes them back and halves the block."""
+        count = jnp.minimum(steps.block, end - steps.done).astype(jnp.int32)
+        scales = self.scales(steps.done + count)
+        columns = scales[:, None] * self.columns(steps, count)
+        factored = graded.eliminated(columns, steps.factors.log_scales)
+        condition = graded.condition(factored, columns, steps.factors.log_scales)
+        accepted = (count == 1) | ((condition.whole <= self.limit) & ~condition.vanished)
+        taken_back = dataclasses.replace(steps, block=count // 2, num_factorizations=steps.num_factorizations + 1)
+
+        def accept() -> Steps:
+            error = (self._epsilon() * condition.pivots) ** 2 * (count + 1).astype(scales.dtype)
+            return Steps(
+                graded.regraded(factored, steps.factors),
+                scales,
+                steps.done + count,
+                self._next_block(steps.block, count, condition.whole),
+                steps.num_factorizations + 1,
+                steps.squared_error[factored.order] + error,
+            )
+
+        return jax.lax.cond(accepted, accept, lambda: taken_back)
+
+    def _next_block(self, planned: Array, count: Array, condition: Array) -> Array:
+        """Returns a block one step longer while the condition number, growing as it did, stays within the limit."""
+        per_step = jnp.log(condition) / count.astype(condition.dtype)
+        fits = per_step * (count + 1).astype(condition.dtype) <= np.log(self.limit)
+        longer = jnp.minimum(planned + 1, _MOST_STEPS)
+        return jnp.where(fits & (count == planned), longer, planned).astype(jnp.int32)
+
+    def _epsilon(self) -> float:
+        return float(jnp.finfo(self.jacobians.dtype).eps)
+
+
+def factor_product(matrices: Array | Jacobians, *, dtype: DType | None = None) -> FactoredProduct:
     """Multiplies a chain of matrices into graded factors of P = A_T … A_1.
 
     Args:
-      matrices: A_1 … A_T along axis 0, ``[T, ..., S, S]``, float32 or float64 (narrower is widened to float32).
+      matrices: A_1 … A_T along axis 0, ``[T, ..., S, S]``, float32 or float64 (narrower is widened to float32); or
+        what ``jacobian_operator`` returns, of which at most one matrix at a time is formed.
       dtype: float32 or float64, what the factorisations are computed in. float64 by default, also for float32 matrices
         and whatever JAX's own setting: an error of float32 grows to ε·κ·√T nats for steps of condition κ, and far
-        beyond where neighbouring directions nearly meet. On TPU, which has no float64 QR, the default is the matrices'
+        beyond where neighbouring directions nearly meet. On TPU, which has no float64, the default is the matrices'
         own dtype.
 
     Returns:
@@ -82,19 +209,22 @@ def factor_product(matrices: Array, *, dtype: DType | None = None) -> FactoredPr
       >>> print(f"{product.log_abs_det:.2f} = 2000 ln 3")
       2197.22 = 2000 ln 3
     """
-    matrices = checked_matrices(matrices)
-    with factorization_precision(matrices.dtype, dtype) as wide:
-        return _factor_product(matrices, wide)
+    jacobians = checked_jacobians(matrices)
+    with factorization_precision(jacobians.dtype, dtype) as wide:
+        return _factor_product(jacobians, wide)
 
 
-def checked_matrices(matrices: Array) -> Array:
-    """Returns ``matrices`` as float32 or float64 ``[T, ..., S, S]``, or raises ValueError."""
-    matrices = jnp.asarray(matrices)
-    if matrices.ndim < 3 or matrices.shape[-1] != matrices.shape[-2] or 0 in matrices.shape:
-        raise ValueError(f"matrices must be square and at least one, [T, ..., S, S], got shape {matrices.shape}")
-    validation.floating_dtype("matrices", matrices.dtype)
-    validation.finite_steps("matrices", matrices)
-    return matrices if jnp.finfo(matrices.dtype).bits >= 32 else matrices.astype(jnp.float32)
+def checked_jacobians(matrices: Array | Jacobians) -> Jacobians:
+    """Returns matrices ``[T, ..., S, S]`` as Jacobians in float32 or float64; raises ValueError if that cannot be."""
+    if not isinstance(matrices, Jacobians):
+        matrices = jnp.asarray(matrices)
+        if matrices.ndim < 3 or matrices.shape[-1] != matrices.shape[-2] or 0 in matrices.shape:
+            raise ValueError(f"matrices must be square and at least one, [T, ..., S, S], got shape {matrices.shape}")
+        validation.floating_dtype("matrices", matrices.dtype)
+        validation.finite_steps("matrices", matrices)
+        return DenseJacobians(matrices if jnp.finfo(matrices.dtype).bits >= 32 else matrices.astype(jnp.float32))
+    check_finite(matrices)
+    return matrices
 
 
 @contextlib.contextmanager
@@ -112,138 +242,55 @@ def factorization_precision(own: DType, asked: DType | None) -> Iterator[DType]:
         yield wide
 
 
+def condition_limit(own: DType, wide: DType) -> float:
+    """Returns the condition number of columns that a result in dtype ``own``, factored in dtype ``wide``, can bear."""
+    return _ERROR_OF_A_BLOCK[np.dtype(own).name] / float(jnp.finfo(wide).eps)
+
+
+def over_sequences(function: Callable[[Jacobians], Any], jacobians: Jacobians) -> Any:
+    """Applies ``function`` to the Jacobians ``[T, S, S]`` of each sequence of a batch; batch axes of results lead."""
+    batch_shape = jacobians.shape[1:-2]
+    if not batch_shape:
+        return function(jacobians)
+    indices = jnp.arange(math.prod(batch_shape), dtype=jnp.int32)
+    results = lapack.over_batch(lambda index: function(jacobians.sequence(index)), indices, 1)
+    return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[1:]), results)
+
+
+def error_estimate(steps: Steps, log_sigma: Array, own: DType) -> Array:
+    """Returns how far rounding may have moved each log σ, ``[S]`` in descending order, in results of dtype ``own``.
+
+    Errors grow towards the small singular values; where two are close, the larger error may be that of either.
+    """
+    by_size = steps.squared_error[jnp.argsort(-steps.factors.log_scales)]
+    neighbours = jnp.maximum(by_size, jnp.concatenate([by_size[1:], by_size[-1:]]))
+    wide = float(jnp.finfo(by_size.dtype).eps)
+    amplified = _SAFETY[by_size.dtype.name] * jnp.sqrt(jax.lax.cummax(neighbours)) + 4 * wide * len(by_size) ** 0.5
+    live = log_sigma > -jnp.inf
+    rounded = float(jnp.finfo(own).eps) * (jnp.abs(jnp.where(live, log_sigma, 0)) + 1)
+    return jnp.where(live, amplified + rounded, 0).astype(own)
+
+
 @functools.partial(jax.jit, static_argnames="wide")
-def _factor_product(matrices: Array, wide: DType) -> FactoredProduct:
-    def single(chain: Array) -> FactoredProduct:
-        chain = chain.astype(wide)
-        scaled, scales = move_column_scales(chain)
-        factors, _ = jax.lax.scan(lambda f, a: (multiply(a, f), None), diagonal_factors(scales[0]), scaled)
-        factors = narrowed(factors, matrices.dtype)
-        determinant = log_abs_det(chain).astype(matrices.dtype)
-        return FactoredProduct(factors.left, factors.log_scales, factors.remainder, factors.right, determinant)
+def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
+    own = jacobians.dtype
 
-    return lapack.over_batch(single, jnp.moveaxis(matrices, 0, -3), matrices.ndim - 3)
+    def single(sequence: Jacobians) -> FactoredProduct:
+        chain = Chain(sequence.astype(wide), False, condition_limit(own, wide))
+        steps = chain.advanced(chain.start(), sequence.shape[0])
+        left, scales = steps.factors.left, steps.factors.log_scales
+        factors = graded.regraded(graded.orthogonalized(left, scales), steps.factors)
+        factors = jax.lax.fori_loop(0, 2, lambda _, own: graded.transposed(own), factors)
+        rounded = graded.narrowed(factors, own)
+        return FactoredProduct(
+            left=rounded.left,
+            log_scales=rounded.log_scales,
+            log_scales_remainder=rounded.remainder,
+            right=rounded.right,
+            log_abs_det=chain.log_abs_dets()[-1].astype(own),
+            error_estimate=error_estimate(steps, -jnp.sort(-factors.log_scales), own),
+            num_factorizations=steps.num_factorizations + 3,
+            first_non_finite_step=first_non_finite_step(sequence),
+        )
 
-
-def narrowed(factors: Factors, dtype: DType) -> Factors:
-    """Rounds factors to ``dtype``; what the rounding takes from ℓ goes to its remainder."""
-    total = factors.log_scales + factors.remainder
-    scales = total.astype(dtype)
-    lost = jnp.where(jnp.isfinite(total), (factors.log_scales - scales.astype(total.dtype)) + factors.remainder, 0)
-    return Factors(factors.left.astype(dtype), scales, lost.astype(dtype), factors.right.astype(dtype))
-
-
-def log_abs_det(matrices: Array) -> Array:
-    """Returns Σ_t log|det A_t| in nats over axis 0 of ``[T, S, S]``."""
-    sums, remainders = jax.lax.scan(
-        lambda total, term: (add(*total, term), None),
-        (jnp.zeros((), matrices.dtype), jnp.zeros((), matrices.dtype)),
-        lapack.log_abs_det(matrices),
-    )[0]
-    return sums + remainders
-
-
-def move_column_scales(matrices: Array) -> tuple[Array, Array]:
-    """Moves the column scales of each matrix into the rows of the one before it in time.
-
-    A_T … A_1 = Ã_T … Ã_1 · diag(c_1) with Ã_t = diag(c_{t+1}) A_t diag(c_t)⁻¹ and c_{T+1} = 1. The scales are powers of
-    two, so nothing is rounded; a zero column gives a zero scale, and from there a zero row: rank loss stays exact.
-
-    Args:
-      matrices: ``[T, S, S]``.
-
-    Returns:
-      Ã ``[T, S, S]`` and c ``[T, S]``.
-    """
-    scales = column_scales(matrices)
-    later = jnp.concatenate([scales[1:], jnp.ones_like(scales[:1])])
-    return later[:, :, None] * without_column_scales(matrices, scales), scales
-
-
-def column_scales(matrices: Array) -> Array:
-    """Returns the largest entry of each column once rows are equilibrated, as powers of two, ``[..., S]``."""
-    magnitude = jnp.abs(matrices)
-    rows = magnitude.max(axis=-1, keepdims=True)
-    largest = (magnitude / jnp.where(rows > 0, rows, 1)).max(axis=-2)
-    # Without mantissa bits a float is a power of two; jnp.exp2 would round.
-    return jax.lax.reduce_precision(largest, jnp.finfo(largest.dtype).nexp, mantissa_bits=0)
-
-
-def without_column_scales(matrices: Array, scales: Array) -> Array:
-    """Divides each column by its scale; columns of scale zero are zero and stay so."""
-    return matrices / jnp.where(scales > 0, scales, 1)[..., None, :]
-
-
-def diagonal_factors(scales: Array) -> Factors:
-    """Returns the factors of diag(scales), for non-negative scales ``[S]``."""
-    identity = jnp.eye(scales.shape[0], dtype=scales.dtype)
-    return Factors(identity, jnp.log(scales), jnp.zeros_like(scales), identity)
-
-
-def multiply(matrix: Array, factors: Factors) -> Factors:
-    """Returns the factors of ``matrix`` times the product that ``factors`` stand for, by one sorted QR."""
-    return factor_columns(matmul(matrix, factors.left), factors)
-
-
-def factor_columns(columns: Array, factors: Factors) -> Factors:
-    """Returns the factors of B · diag(e^ℓ) · V, for B = ``columns`` and ℓ, V of ``factors``."""
-    order, left, triangle = _sorted_qr(columns, factors.log_scales)
-    scales, remainder = factors.log_scales[order], factors.remainder[order]
-    new_scales, new_remainder = add(scales, remainder, jnp.log(jnp.abs(jnp.diagonal(triangle))))
-    exponent = (scales[None, :] - new_scales[:, None]) + (remainder[None, :] - new_remainder[:, None])
-    kept = _upper(len(order)) & jnp.isfinite(new_scales)[:, None] & (scales > -jnp.inf)[None, :]
-    graded = triangle * jnp.exp(jnp.where(kept, exponent, 0))
-    mixing = jnp.where(kept, graded, jnp.eye(len(order), dtype=triangle.dtype))
-    return Factors(left, new_scales, new_remainder, matmul(mixing, factors.right[order]))
-
-
-def _sorted_qr(columns: Array, log_scales: Array) -> tuple[Array, Array, Array]:
-    """Returns a column order and the QR factors of the columns in that order, rows sorted while they are computed.
-
-    A column that depends exactly on those before it leaves a zero on R's diagonal. Where columns after it still reach
-    into that row, the rank would be counted too low, so the dependent column is moved to the end and the QR repeated.
-    """
-    rows = jnp.argsort(-jnp.abs(columns).max(axis=1))
-
-    def factored(order: Array) -> tuple[Array, Array, Array]:
-        left, triangle = lapack.qr(columns[rows][:, order])
-        return order, left, triangle
-
-    def hiding(order: Array, triangle: Array) -> Array:
-        """Marks zeros on the diagonal with something to their right, in columns that still count."""
-        reaching = (triangle != 0) & _upper(len(order)) & (log_scales[order] > -jnp.inf)[None, :]
-        return (jnp.diagonal(triangle) == 0) & reaching.any(axis=1)
-
-    def unfinished(state: tuple[Array, tuple[Array, Array, Array]]) -> Array:
-        moves, (order, _, triangle) = state
-        return (moves < len(order)) & hiding(order, triangle).any()
-
-    def move_one(state: tuple[Array, tuple[Array, Array, Array]]) -> tuple[Array, tuple[Array, Array, Array]]:
-        moves, (order, _, triangle) = state
-        dependent = jax.lax.argmax(hiding(order, triangle), 0, jnp.int32)
-        return moves + 1, factored(order[jnp.argsort(jnp.arange(len(order), dtype=jnp.int32) == dependent)])
-
-    by_size = jnp.argsort(-(log_scales + jnp.log(jnp.abs(columns).max(axis=0))))
-    _, (order, left, triangle) = jax.lax.while_loop(unfinished, move_one, (jnp.zeros((), jnp.int32), factored(by_size)))
-    return order, jnp.zeros_like(left).at[rows].set(left), triangle
-
-
-def _upper(size: int) -> Array:
-    """Returns the bool mask of the upper triangle, ``[S, S]``."""
-    return jnp.tri(size, dtype=bool).T
-
-
-def matmul(left: Array, right: Array) -> Array:
-    """Returns the product of two matrices at the highest precision.
-
-    jnp.matmul would also name its output's dtype, and that is what JAX refuses when a compiled program that switched
-    float64 on for itself is mapped by a ``jax.vmap`` from outside.
-    """
-    return jax.lax.dot(left, right, precision=jax.lax.Precision.HIGHEST)
-
-
-def add(total: Array, remainder: Array, term: Array) -> tuple[Array, Array]:
-    """Adds ``term`` to a compensated sum (Neumaier 1974): ``total + remainder`` is the sum at twice the precision."""
-    new = total + term
-    lost = jnp.where(jnp.abs(total) >= jnp.abs(term), (total - new) + term, (term - new) + total)
-    return new, remainder + jnp.where(jnp.isfinite(new), lost, 0)
+    return over_sequences(single, jacobians)

@@ -1,45 +1,46 @@
 """All singular values of long products, in logs."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rnnjax import lapack, products, validation
-from rnnjax.cells import Cell
+from rnnjax import lapack, products
 from rnnjax.jacobi import log_singular_values_of_rows
-from rnnjax.jacobians import DenseJacobians, Jacobians, check_finite, step_jacobians
-from rnnjax.products import FactoredProduct, Factors
-from rnnjax.typing import Array, Carry, DType, Params
-from rnnjax.unroll import trajectory
+from rnnjax.products import FactoredProduct
+from rnnjax.typing import Array, DType
 
 
 @flax.struct.dataclass
-class SpectralProfile:
-    """How every singular value of ∂s_T/∂s_{T−lag} shrinks or grows with the lag.
+class SingularSpectrum:
+    """All singular values of a product, and what they rest on.
 
     Attributes:
-      lags: ``[L]`` steps, ascending.
-      log_singular_values: log σ_i of P(T, T − lag) in nats, ``[L, ..., S]``, descending in i; −inf where rank is lost.
-      log_abs_det: Σ_t log|det J_t| over the lag's steps in nats, ``[L, ...]``, computed on its own: evidence to hold
-        the sum of ``log_singular_values`` against.
+      log_singular_values: log σ_i in nats, ``[..., S]``, descending; −inf where rank is lost.
+      error_estimate: how far rounding may have moved each, nats, ``[..., S]``; 0 where rank is lost.
+      log_abs_det: Σ_t log|det A_t| in nats, ``[...]``, computed from each step on its own.
+      residual: Σ_i log σ_i − Σ_t log|det A_t| in nats, ``[...]``; 0 where both are −inf.
+      num_factorizations: LU and QR factorisations of the product, int32 ``[...]``.
+      num_sweeps: Jacobi sweeps, int32 ``[...]``; 0 where a plain SVD served.
+      first_non_finite_step: as in ``FactoredProduct``.
     """
 
-    lags: Array
     log_singular_values: Array
+    error_estimate: Array
     log_abs_det: Array
+    residual: Array
+    num_factorizations: Array
+    num_sweeps: Array
+    first_non_finite_step: Array
 
 
 def log_singular_values(product: FactoredProduct) -> Array:
     """Returns the logs of all singular values of a product, each to the accuracy of its steps.
 
-    With P = Q diag(e^ℓ) V, the singular values are those of diag(e^ℓ) V. One-sided Jacobi rotations make its rows
-    orthogonal; each row is kept as a unit vector and a log norm, so nothing overflows, and small singular values keep
-    the relative accuracy that an SVD of the formed product loses.
+    With P = Q diag(e^ℓ) V, the singular values are those of diag(e^ℓ) V. QR iterations and one-sided Jacobi rotations
+    make its rows orthogonal; each row is kept as a unit vector and a log norm, so nothing overflows, and small singular
+    values keep the relative accuracy that an SVD of the formed product loses.
 
     Args:
       product: the factored product.
@@ -59,8 +60,33 @@ def log_singular_values(product: FactoredProduct) -> Array:
     Source: M. R. Hestenes, Inversion of matrices by biorthogonalization, 1958; J. Demmel et al., Computing the singular
     value decomposition with high relative accuracy, Linear Algebra and its Applications 299, 1999.
     """
+    return singular_spectrum(product).log_singular_values
+
+
+def singular_spectrum(product: FactoredProduct) -> SingularSpectrum:
+    """Returns all log singular values of a product together with the evidence for them.
+
+    Args:
+      product: the factored product.
+
+    Returns:
+      The ``SingularSpectrum``.
+
+    Raises:
+      ValueError: not a ``FactoredProduct``.
+
+    Example:
+      >>> import jax, rnnjax
+      >>> chain = rnnjax.testing.chain_of_steps(jax.random.key(0), 500, 8, condition_number=100.0)
+      >>> spectrum = singular_spectrum(rnnjax.factor_product(chain))
+      >>> bool(abs(spectrum.residual) < spectrum.error_estimate.sum())
+      True
+    """
     _check_product(product)
-    return _all_values(product.log_scales, product.log_scales_remainder, product.right)
+    own = product.log_scales.dtype
+    with products.factorization_precision(own, None) as wide:
+        values, sweeps = _all_values(product.log_scales, product.log_scales_remainder, product.right, wide)
+        return _with_evidence(product, values, sweeps)
 
 
 def log_spectral_norm(product: FactoredProduct) -> Array:
@@ -87,78 +113,6 @@ def log_spectral_norm(product: FactoredProduct) -> Array:
     return largest + jnp.log(lapack.spectral_norm(relative[..., None] * product.right))
 
 
-def spectral_profile(
-    cell: Cell,
-    params: Params,
-    inputs: Any,
-    carry: Carry | None = None,
-    *,
-    lags: Sequence[int] | None = None,
-    dtype: DType | None = None,
-) -> SpectralProfile:
-    """Returns all singular values of ∂s_T/∂s_{T−lag}, for several lags in one pass over the sequence.
-
-    Args:
-      cell: any cell.
-      params: its weights.
-      inputs: ``[T, ..., D]``, time-major.
-      carry: the carry before the first step; ``cell.initialize_carry`` by default.
-      lags: a sequence of numbers of steps, distinct, in [1, T]; all of them by default.
-      dtype: what the factorisations are computed in, as for ``factor_product``.
-
-    Returns:
-      The ``SpectralProfile``.
-
-    Raises:
-      ValueError: inputs or weights that ``unroll`` would refuse; lags that are no sequence, empty, repeated or out of
-        range; a dtype other than float32 and float64; a state or Jacobian that is not finite, with its step.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnnjax
-      >>> cell = rnnjax.VanillaCell(3, activation="identity", recurrent_initializer=rnnjax.initializers.Orthogonal(0.5))
-      >>> params = cell.init(jax.random.key(0), input_size=1)
-      >>> profile = spectral_profile(cell, params, jnp.ones((8, 1)), lags=[1, 8])
-      >>> print(profile.log_singular_values.round(3))  # lag · ln ½
-      [[-0.693 -0.693 -0.693]
-       [-5.545 -5.545 -5.545]]
-    """
-    cell.check(params, inputs, carry)
-    ordered = _checked_lags(lags, jax.tree.leaves(inputs)[0].shape[0])
-    with products.factorization_precision(jnp.float32, dtype):
-        pass  # A dtype that it refuses is refused before any work is done.
-    jacobians = step_jacobians(cell, params, trajectory(cell, params, inputs, carry))
-    with products.factorization_precision(jacobians.dtype, dtype) as wide:
-        scales, remainder, right, log_abs_det = _profile_factors(jacobians, ordered, wide)
-    return SpectralProfile(ordered, _all_values(scales, remainder, right), log_abs_det)
-
-
-def spectral_norm_profile(jacobians: Array | Jacobians) -> Array:
-    """Returns log ‖∂s_T/∂s_{T−lag}‖₂ for every lag from 1 to T, at the cost of a product and a norm a step.
-
-    A product in floats keeps the largest singular value, if not the small ones, and its scale is kept apart, so that
-    nothing overflows. The exception is a direction that rounding has lost beside a larger one before a later factor
-    annihilates the larger: what is left of the norm then is rounding, or zero. ``spectral_profile`` has no such limit.
-
-    Args:
-      jacobians: J_1 … J_T along axis 0, ``[T, ..., S, S]``, or what ``jacobian_operator`` returns.
-
-    Returns:
-      ``[T, ...]`` nats; entry i belongs to lag i + 1.
-
-    Raises:
-      ValueError: not a stack of square matrices, T = 0, or non-finite entries, with their step.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(spectral_norm_profile(jnp.stack([jnp.diag(jnp.array([0.1, 2.0]))] * 3)).round(3))
-      [0.693 1.386 2.079]
-    """
-    if isinstance(jacobians, Jacobians):
-        check_finite(jacobians)
-        return _norm_profile(jacobians)
-    return _norm_profile(DenseJacobians(products.checked_matrices(jacobians)))
-
-
 def _check_product(product: FactoredProduct) -> None:
     if not isinstance(product, FactoredProduct):
         raise ValueError(
@@ -166,71 +120,30 @@ def _check_product(product: FactoredProduct) -> None:
         )
 
 
-def _checked_lags(lags: Any, num_steps: int) -> Array:
-    if lags is None:
-        return jnp.arange(1, num_steps + 1)
-    if isinstance(lags, (np.ndarray, jax.Array)):
-        lags = np.asarray(lags).tolist()
-    if not isinstance(lags, Sequence) or isinstance(lags, str):
-        raise ValueError(f"lags must be a sequence of numbers of steps such as [1, 10, 100], got {lags!r}")
-    ordered = sorted(validation.positive_integer("lags", lag) for lag in lags)
-    if not ordered or len(set(ordered)) < len(ordered) or ordered[-1] > num_steps:
-        raise ValueError(f"lags must be distinct numbers of steps in [1, {num_steps}], got {list(lags)}")
-    return jnp.array(ordered)
-
-
-@jax.jit
-def _all_values(log_scales: Array, remainder: Array, rows: Array) -> Array:
-    return jnp.vectorize(log_singular_values_of_rows, signature="(s),(s),(s,s)->(s)")(log_scales, remainder, rows)
-
-
 @functools.partial(jax.jit, static_argnames="wide")
-def _profile_factors(jacobians: Array, lags: Array, wide: DType) -> tuple[Array, Array, Array, Array]:
-    """Returns ℓ, its remainder and V of each P(T, T − lag)ᵀ, and the log determinants, with axes ``[L, ...]``."""
+def _all_values(log_scales: Array, remainder: Array, rows: Array, wide: DType) -> tuple[Array, Array]:
+    batch_shape = log_scales.shape[:-1]
+    leaves = [leaf.reshape(-1, *leaf.shape[len(batch_shape) :]).astype(wide) for leaf in (log_scales, remainder, rows)]
 
-    def single(chain: Array) -> tuple[Array, Array, Array, Array]:
-        backwards = jnp.swapaxes(chain[::-1], -1, -2).astype(wide)  # P(T, T − lag)ᵀ grows on the left, one step a lag
-        scales = products.column_scales(backwards)
-        unscaled = products.without_column_scales(backwards, scales)
-        row_scales = jnp.concatenate([scales[1:], jnp.ones_like(scales[:1])])
+    def single(index: Array) -> tuple[Array, Array]:
+        values, sweeps = log_singular_values_of_rows(*(leaf[index] for leaf in leaves))
+        return values.astype(log_scales.dtype), sweeps
 
-        def columns(lag: Array, factors: Factors) -> Array:
-            return products.matmul(unscaled[lag - 1], factors.left)
-
-        def advance(lag: Array, factors: Factors) -> Factors:
-            return products.factor_columns(row_scales[lag - 1][:, None] * columns(lag, factors), factors)
-
-        def at_lag(state: tuple[Array, Factors], lag: Array) -> tuple[tuple[Array, Factors], Factors]:
-            done, factors = state
-            factors = jax.lax.fori_loop(done + 1, lag, advance, factors)
-            product = products.factor_columns(columns(lag, factors), factors)
-            return (lag, advance(lag, factors)), product
-
-        start = (jnp.zeros((), lags.dtype), products.diagonal_factors(scales[0]))
-        _, factors = jax.lax.scan(at_lag, start, lags)
-        factors = products.narrowed(factors, chain.dtype)
-        determinants = jnp.cumsum(lapack.log_abs_det(backwards))[lags - 1].astype(chain.dtype)
-        return factors.log_scales, factors.remainder, factors.right, determinants
-
-    num_axes = jacobians.ndim - 3
-    factors = lapack.over_batch(single, jnp.moveaxis(jacobians, 0, num_axes), num_axes)
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, num_axes, 0), factors)
+    values, sweeps = lapack.over_batch(single, jnp.arange(len(leaves[0]), dtype=jnp.int32), 1)
+    return values.reshape(log_scales.shape), sweeps.reshape(batch_shape)
 
 
-@jax.jit
-def _norm_profile(jacobians: Jacobians) -> Array:
-    def step(state: tuple[Array, Array, Array], time: Array) -> tuple[tuple[Array, Array, Array], Array]:
-        product, log_scale, remainder = state
-        product = jacobians.at_step(time).transpose_times(product)
-        largest = jnp.abs(product).max(axis=(-2, -1), keepdims=True)
-        product = product / jnp.where(largest > 0, largest, 1)
-        log_scale, remainder = products.add(log_scale, remainder, jnp.log(largest[..., 0, 0]))
-        norm = log_scale + (remainder + jnp.log(lapack.spectral_norm(product)))
-        return (product, log_scale, remainder), norm
-
-    num_steps, shape = jacobians.shape[0], jacobians.shape[1:]
-    identity = jnp.eye(shape[-1], dtype=jacobians.dtype).reshape((1,) * (len(shape) - 2) + tuple(shape[-2:]))
-    zeros = jnp.zeros(shape[:-2], jacobians.dtype)
-    start = (jnp.broadcast_to(identity, shape), zeros, zeros)
-    _, norms = jax.lax.scan(step, start, jnp.arange(num_steps)[::-1])
-    return norms
+def _with_evidence(product: FactoredProduct, values: Array, sweeps: Array) -> SingularSpectrum:
+    lost = jnp.isneginf(values)
+    estimate = jnp.where(lost, 0, product.error_estimate)
+    both_lost = lost.any(axis=-1) & jnp.isneginf(product.log_abs_det)
+    residual = jnp.where(both_lost, 0, values.sum(axis=-1) - jnp.where(both_lost, 0, product.log_abs_det))
+    return SingularSpectrum(
+        values,
+        estimate,
+        product.log_abs_det,
+        residual,
+        product.num_factorizations,
+        sweeps,
+        product.first_non_finite_step,
+    )

@@ -133,7 +133,12 @@ def test_any_step_function_has_the_jacobian_of_its_flattened_carry(batch_shape, 
     expected[..., 2:, :2] = (before["b"] * np.cos(angle))[..., None] * v
     expected[..., 2:, 2:] = np.sin(angle)[..., None] * np.eye(3)
     np.testing.assert_allclose(jacobians, expected, atol=testing.rounding_tolerance(dtype, 60))
-    np.testing.assert_array_equal(jacobian_operator(cell, params, trajectory).dense(), jacobians)
+    operator = jacobian_operator(cell, params, trajectory)
+    limit = testing.rounding_tolerance(dtype, 60)
+    np.testing.assert_allclose(operator.dense(), expected, atol=limit)
+    vectors = random_like(np.empty((T, *batch_shape, 5, 2)), 3, dtype)
+    for product, matrices in ((operator.times, expected), (operator.transpose_times, np.swapaxes(expected, -1, -2))):
+        np.testing.assert_allclose(product(vectors), matrices @ np.asarray(vectors, np.float64), atol=limit)
 
 
 def test_rows_are_states_after_and_products_run_backwards_in_time():

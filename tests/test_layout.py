@@ -24,12 +24,20 @@ LAYOUT = [
     "rnnjax.cells.step",
     "rnnjax.cells",
     "rnnjax.unroll",
-    "rnnjax.jacobians",
     "rnnjax.lapack",
+    "rnnjax.operators",
+    "rnnjax.jacobians",
+    "rnnjax.graded",
     "rnnjax.products",
+    "rnnjax.composition",
     "rnnjax.jacobi",
     "rnnjax.singular_values",
+    "rnnjax.norms",
+    "rnnjax.profiles",
+    "rnnjax.frames",
+    "rnnjax.leading",
     "rnnjax.lyapunov",
+    "rnnjax.covariant",
     "rnnjax.gradient_flow",
     "rnnjax.mean_field",
     "rnnjax.diagnosis",
@@ -55,6 +63,7 @@ LAYOUT = [
     "rnnjax.interop",
     "rnnjax.drawing",
     "rnnjax.plots",
+    "rnnjax.spectral_plots",
     "rnnjax",
     "rnnjax.testing",
 ]
@@ -175,7 +184,8 @@ def test_public_name_has_a_docstring(name):
 def test_public_names_are_those_of_the_contract():
     contract = """
         LSTMCell VanillaCell GRUCell LeakyCell StepCell unroll trajectory step_jacobians factor_product
-        log_singular_values log_spectral_norm spectral_profile clipped
+        log_singular_values log_spectral_norm spectral_profile lyapunov_spectrum leading_log_singular_values
+        multiply_products clipped
     """
     assert set(contract.split()) <= set(rnnjax.__all__)
     assert len(set(rnnjax.__all__)) == len(rnnjax.__all__)

@@ -1,0 +1,124 @@
+"""What singular values of ∂s_T/∂s_0 cost, beside the usual way.
+
+  python -m experiments.benchmarks.spectra
+
+times one program each for: ``jax.jacrev`` through the whole unroll followed by an SVD, which over- and underflows; all
+singular values; the leading quarter; the spectral norm at every lag; and all singular values of 16 sequences. The
+contestants take turns in one process; the table holds medians in ms, and their ratio to the usual way. A line of JSON
+a measurement comes before it, with the first call (compilation included) and the memory a program needs beyond its
+arguments and results. Float32 states, factorised in float64 (the default) except for the leading quarter and the norms.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.flatten_util import ravel_pytree
+
+import rnnjax
+from experiments import options
+from rnnjax.jacobians import jacobian_operator
+from rnnjax.serialization import format_table
+
+FLAGS = flags.FLAGS
+CELLS = {"LSTM": rnnjax.LSTMCell, "GRU": rnnjax.GRUCell}
+_NUM_FEATURES = 8
+_NUM_SEQUENCES = 16
+
+
+def naive(cell: rnnjax.Cell, params: Any, inputs: Any) -> Any:
+    """Log singular values of ``jax.jacrev`` through the unroll."""
+    state, unravel = ravel_pytree(cell.initialize_carry())
+
+    def last_state(start: Any) -> Any:
+        return ravel_pytree(rnnjax.unroll(cell, params, inputs, unravel(start))[0])[0]
+
+    return jnp.log(jnp.linalg.svd(jax.jacrev(last_state)(state), compute_uv=False))
+
+
+def all_values(cell: rnnjax.Cell, params: Any, inputs: Any) -> Any:
+    """All log singular values with their evidence."""
+    jacobians = jacobian_operator(cell, params, rnnjax.trajectory(cell, params, inputs))
+    return rnnjax.singular_spectrum(rnnjax.factor_product(jacobians))
+
+
+def leading_quarter(cell: rnnjax.Cell, params: Any, inputs: Any) -> Any:
+    """The leading quarter of them, without matrices."""
+    size = ravel_pytree(cell.initialize_carry())[0].size
+    path = rnnjax.trajectory(cell, params, inputs)
+    return rnnjax.leading_log_singular_values(cell, params, path, size // 4)
+
+
+def norms(cell: rnnjax.Cell, params: Any, inputs: Any) -> Any:
+    """The spectral norm at every lag."""
+    path = rnnjax.trajectory(cell, params, inputs)
+    return rnnjax.spectral_norm_profile(jacobian_operator(cell, params, path))
+
+
+def contestants(cell: rnnjax.Cell, num_steps: int) -> dict[str, Callable[[], Any]]:
+    """Returns compiled programs by name, each with its arguments bound, and measures their first call."""
+    params = cell.init(jax.random.key(0), _NUM_FEATURES)
+    many = jax.random.normal(jax.random.key(1), (num_steps, _NUM_SEQUENCES, _NUM_FEATURES))
+    programs = {
+        "jacrev + SVD": naive,
+        "all": all_values,
+        "leading quarter": leading_quarter,
+        "norm at every lag": norms,
+    }
+    bound = {name: (program, many[:, 0]) for name, program in programs.items()}
+    bound[f"all of {_NUM_SEQUENCES}"] = (all_values, many)
+    return {name: (jax.jit(program, static_argnums=0), (cell, params, x)) for name, (program, x) in bound.items()}
+
+
+def measured(cell: rnnjax.Cell, num_steps: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Returns first call, median and memory of every contestant, which take turns."""
+    programs = contestants(cell, num_steps)
+    results: dict[str, dict[str, Any]] = {name: {"times": []} for name in programs}
+    for name, (program, arguments) in programs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        results[name]["first_call_s"] = time.perf_counter() - start
+        memory = program.lower(*arguments).compile().memory_analysis()
+        results[name]["temporary_bytes"] = getattr(memory, "temp_size_in_bytes", None)
+    for _ in range(repeats):
+        for name, (program, arguments) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            results[name]["times"].append(time.perf_counter() - start)
+    for result in results.values():
+        result["median_ms"] = 1e3 * statistics.median(result.pop("times"))
+    return results
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints JSON lines and the table."""
+    options.quiet_logging()
+    with options.user_errors():
+        options.no_arguments(argv)
+        sizes = [options.positive_integer("sizes", size) for size in FLAGS.sizes]
+        num_steps = options.positive_integer("num_steps", FLAGS.num_steps)
+        repeats = options.positive_integer("repeats", FLAGS.repeats)
+    rows = []
+    for (label, make), size in itertools.product(CELLS.items(), sizes):
+        results = measured(make(size), num_steps, repeats)
+        setting = {"cell": label, "H": size, "T": num_steps, "device": jax.devices()[0].device_kind}
+        for name, result in results.items():
+            sys.stdout.write(json.dumps(setting | {"what": name} | result) + "\n")
+        usual = results["jacrev + SVD"]["median_ms"]
+        ratios = {n: f"{r['median_ms']:.1f} ({r['median_ms'] / usual:.2f}×)" for n, r in results.items()}
+        rows.append({"cell": label, "H": size, "T": num_steps} | ratios)
+    sys.stdout.write("\n" + format_table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("sizes", ["32", "64", "128"], "hidden sizes H")
+    flags.DEFINE_integer("num_steps", 200, "number of steps T")
+    flags.DEFINE_integer("repeats", 7, "timed calls of each contestant")
+    app.run(main)

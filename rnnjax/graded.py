@@ -1,0 +1,237 @@
+"""Graded factors of a long product, and the factorisations that keep them well conditioned.
+
+A product P is kept as P = L · diag(e^ℓ) · V, with L well conditioned or orthogonal, ℓ in logs and descending, and V well
+conditioned. Columns B that stand for P = B · diag(e^ℓ) · V are factored B = L U with U upper triangular, and
+
+    ℓ'_i = ℓ_i + log|U_ii|,    V' = (U_ij e^(ℓ_j − ℓ'_i))_ij · V,
+
+with columns sorted by e^ℓ_j ‖B_j‖, so that no exponential is large and underflow is harmless. Inside a long product L
+comes from Gaussian elimination with partial pivoting: L need not be orthogonal there, only well conditioned, and
+elimination costs a fraction of a QR factorisation. At its end L = Q comes from Householder QR with rows sorted by size.
+Both are accurate row by row (Cox & Higham 1998; Higham 2002, section 9), which matters because the rows of a Jacobian
+D·Uᵀ differ by orders of magnitude once units saturate.
+
+References: D. E. Stewart, A new algorithm for the SVD of a long product of matrices and the stability of products,
+ETNA 5, 1997; A. J. Cox & N. J. Higham, Stability of Householder QR factorization for weighted least squares problems,
+1998; N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, 2002.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rnnjax import lapack
+from rnnjax.typing import Array, DType
+
+_PROBES = 2
+
+
+@flax.struct.dataclass
+class Factors:
+    """L, ℓ = log_scales + remainder, and V of P = L · diag(e^ℓ) · V."""
+
+    left: Array
+    log_scales: Array
+    remainder: Array
+    right: Array
+
+
+@flax.struct.dataclass
+class Triangular:
+    """Sorted columns B[:, order] = left · triangle, for B ``[S, b]``, b ≤ S.
+
+    Attributes:
+      order: int32 ``[b]``.
+      rows: int32 ``[S]``, the row of B that row i of ``sorted_left`` stands for.
+      sorted_left: ``[S, b]``, orthonormal, or lower triangular with ones on the diagonal.
+      triangle: upper triangular ``[b, b]``.
+    """
+
+    order: Array
+    rows: Array
+    sorted_left: Array
+    triangle: Array
+
+    @property
+    def left(self) -> Array:
+        """``[S, b]``, rows as in B."""
+        return jnp.zeros_like(self.sorted_left).at[self.rows].set(self.sorted_left)
+
+
+def eliminated(columns: Array, log_scales: Array) -> Triangular:
+    """Factors sorted columns by Gaussian elimination with partial pivoting."""
+
+    def factor(ordered: Array) -> tuple[Array, Array, Array]:
+        packed, _, rows = jax.lax.linalg.lu(ordered)
+        unit = jnp.tril(packed, -1) + jnp.eye(len(packed), packed.shape[1], dtype=packed.dtype)
+        return rows.astype(jnp.int32), unit, jnp.triu(packed[: packed.shape[1]])
+
+    return _rank_revealing(factor, columns, log_scales)
+
+
+def orthogonalized(columns: Array, log_scales: Array) -> Triangular:
+    """Factors sorted columns by Householder QR with rows sorted by their largest entry, descending."""
+    rows = jnp.argsort(-jnp.abs(columns).max(axis=1)).astype(jnp.int32)
+    return _rank_revealing(lambda ordered: (rows, *lapack.qr(ordered[rows])), columns, log_scales)
+
+
+@flax.struct.dataclass
+class Condition:
+    """How much rounding in eliminated columns B = L U is amplified, rows and columns of B scaled to size 1.
+
+    Attributes:
+      whole: about ‖B̃⁻¹‖_F.
+      pivots: about the relative error of each pivot in units of rounding, ‖(L̃⁻¹)_i‖ c_i / |U_ii|, ``[b]``; 0 for the
+        columns of lost directions. It is what moves log scale i.
+      vanished: whether the pivot of a direction that counts is zero.
+    """
+
+    whole: Array
+    pivots: Array
+    vanished: Array
+
+
+def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condition:
+    """Estimates the condition of eliminated columns B, in which each row may be as inaccurate as its scale allows.
+
+    Norms of inverses are taken from products with random signs z, as E‖A z‖² = ‖A‖_F².
+    """
+    live = log_scales > -jnp.inf
+    norms = jnp.where(live, jnp.sqrt(jnp.sum(columns**2, axis=0)), 0)
+    row_scales = jnp.where(live[:, None], jnp.abs(unscaled_rows(columns.T, norms)), 0).max(axis=0)
+    pivots, norms = jnp.diagonal(factored.triangle), norms[factored.order]
+    counts = live[factored.order] & (pivots != 0)
+    signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (len(live), _PROBES)), columns.dtype)
+    top = factored.rows[: len(live)]
+    solved = _solve(factored.sorted_left[: len(live)], row_scales[top][:, None] * signs, lower=True)
+    solved = jnp.where(counts[:, None], solved, 0)
+    invertible = factored.triangle + jnp.diag(jnp.where(counts, 0, 1 - pivots))
+    whole = norms[:, None] * _solve(invertible, solved, lower=False)
+    return Condition(
+        whole=jnp.sqrt(jnp.sum(jnp.where(counts[:, None], whole, 0) ** 2) / _PROBES),
+        pivots=_root_mean_square(solved) * norms / jnp.abs(jnp.where(counts, pivots, 1)),
+        vanished=(live[factored.order] & (pivots == 0)).any(),
+    )
+
+
+def _root_mean_square(columns: Array) -> Array:
+    return jnp.sqrt(jnp.sum(columns**2, axis=1) / _PROBES)
+
+
+def _solve(triangle: Array, right: Array, *, lower: bool) -> Array:
+    return jax.lax.linalg.triangular_solve(triangle, right, left_side=True, lower=lower)
+
+
+def regraded(factored: Triangular, factors: Factors) -> Factors:
+    """Returns the factors of B · diag(e^ℓ) · V, for B factored and ℓ, V of ``factors``."""
+    order, triangle = factored.order, factored.triangle
+    scales, remainder = factors.log_scales[order], factors.remainder[order]
+    new_scales, new_remainder = add(scales, remainder, jnp.log(jnp.abs(jnp.diagonal(triangle))))
+    exponent = (scales[None, :] - new_scales[:, None]) + (remainder[None, :] - new_remainder[:, None])
+    kept = _upper(len(order)) & jnp.isfinite(new_scales)[:, None] & (scales > -jnp.inf)[None, :]
+    mixing = jnp.where(
+        kept, triangle * jnp.exp(jnp.where(kept, exponent, 0)), jnp.eye(len(order), dtype=triangle.dtype)
+    )
+    return Factors(factored.left, new_scales, new_remainder, triangular_times(mixing, factors.right[order]))
+
+
+def transposed(factors: Factors) -> Factors:
+    """Returns the factors of Pᵀ = Vᵀ · diag(e^ℓ) · Lᵀ, with Vᵀ made orthogonal.
+
+    Twice over it is a step of QR iteration: V comes closer to orthogonal by e^(ℓ_j − ℓ_i) for each pair of rows.
+    """
+    columns = factors.right.T
+    return regraded(orthogonalized(columns, factors.log_scales), dataclasses.replace(factors, right=factors.left.T))
+
+
+def triangular_times(triangle: Array, matrix: Array, block: int = 64) -> Array:
+    """Returns the product of an upper triangle and a matrix, without the blocks that are zero."""
+    size = len(triangle)
+    rows = [
+        lapack.matmul(triangle[start : start + block, start:], matrix[start:])
+        for start in range(0, size, min(block, size))
+    ]
+    return jnp.concatenate(rows)
+
+
+def _rank_revealing(
+    factor: Callable[[Array], tuple[Array, Array, Array]], columns: Array, log_scales: Array
+) -> Triangular:
+    """Factors columns sorted by size, with columns that depend exactly on others at the end.
+
+    A column that depends exactly on those before it leaves a zero on the diagonal. Where columns after it still reach
+    into that row, the rank would be counted too low, so the dependent column is moved to the end and factored again.
+    """
+    positions = jnp.arange(len(log_scales), dtype=jnp.int32)
+    by_size = jnp.argsort(-(log_scales + jnp.log(jnp.abs(columns).max(axis=0)))).astype(jnp.int32)
+
+    def hiding(current: Triangular) -> Array:
+        """Marks zeros on the diagonal with something to their right, in columns that still count."""
+        live = log_scales[current.order] > -jnp.inf
+        reaching = (current.triangle != 0) & _upper(len(live)) & live[None, :]
+        return (jnp.diagonal(current.triangle) == 0) & reaching.any(axis=1)
+
+    def unfinished(state: tuple[Array, Triangular]) -> Array:
+        runs, current = state
+        return (runs == 0) | ((runs <= len(log_scales)) & hiding(current).any())
+
+    def factor_again(state: tuple[Array, Triangular]) -> tuple[Array, Triangular]:
+        runs, current = state
+        dependent = jax.lax.argmax(hiding(current), 0, jnp.int32)
+        moved = current.order[jnp.argsort(positions == dependent)]
+        order = jnp.where(runs == 0, by_size, moved)
+        return runs + 1, Triangular(order, *factor(columns[:, order]))
+
+    rows = jnp.zeros(len(columns), jnp.int32)
+    nothing = Triangular(by_size, rows, jnp.zeros_like(columns), jnp.zeros_like(columns[: len(by_size)]))
+    # The first run goes through the same loop, so that the factorisation is compiled once.
+    return jax.lax.while_loop(unfinished, factor_again, (jnp.zeros((), jnp.int32), nothing))[1]
+
+
+def diagonal_factors(scales: Array) -> Factors:
+    """Returns the factors of diag(scales), for non-negative scales ``[S]``."""
+    identity = jnp.eye(scales.shape[0], dtype=scales.dtype)
+    return Factors(identity, jnp.log(scales), jnp.zeros_like(scales), identity)
+
+
+def narrowed(factors: Factors, dtype: DType) -> Factors:
+    """Rounds factors to ``dtype``; what the rounding takes from ℓ goes to its remainder."""
+    total = factors.log_scales + factors.remainder
+    scales = total.astype(dtype)
+    lost = jnp.where(jnp.isfinite(total), (factors.log_scales - scales.astype(total.dtype)) + factors.remainder, 0)
+    return Factors(factors.left.astype(dtype), scales, lost.astype(dtype), factors.right.astype(dtype))
+
+
+def column_scales(matrix: Array) -> Array:
+    """Returns the largest entry of each column once rows are equilibrated, as powers of two, ``[S]``.
+
+    P = A_T … A_1 = Ã_T … Ã_1 · diag(c_1) with Ã_t = diag(c_{t+1}) A_t diag(c_t)⁻¹: the column scales of a matrix become
+    row scales of the one before it in time, where elimination takes care of them, and a zero column becomes a zero row,
+    so that rank loss stays exact. Scales are powers of two, so nothing is rounded.
+    """
+    magnitude = jnp.abs(matrix)
+    rows = magnitude.max(axis=-1, keepdims=True)
+    largest = (magnitude / jnp.where(rows > 0, rows, 1)).max(axis=-2)
+    # Without mantissa bits a float is a power of two; jnp.exp2 would round.
+    return jax.lax.reduce_precision(largest, jnp.finfo(largest.dtype).nexp, mantissa_bits=0)
+
+
+def unscaled_rows(matrix: Array, scales: Array) -> Array:
+    """Divides each row by its scale; rows of scale zero are zero and stay so."""
+    return matrix / jnp.where(scales > 0, scales, 1)[:, None]
+
+
+def add(total: Array, remainder: Array, term: Array) -> tuple[Array, Array]:
+    """Adds ``term`` to a compensated sum (Neumaier 1974): ``total + remainder`` is the sum at twice the precision."""
+    new = total + term
+    lost = jnp.where(jnp.abs(total) >= jnp.abs(term), (total - new) + term, (term - new) + total)
+    return new, remainder + jnp.where(jnp.isfinite(new), lost, 0)
+
+
+def _upper(size: int) -> Array:
+    """Returns the bool mask of the upper triangle, ``[S, S]``."""
+    return jnp.tri(size, dtype=bool).T
