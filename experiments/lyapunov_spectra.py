@@ -37,7 +37,7 @@ Arrays = dict[str, Any]
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 """``track(items, description)`` goes through the items and shows how far it is."""
 CONFIG_FLAGS = {
-    "num_units": "units N of the networks of which all exponents are measured; twice as many for the largest alone",
+    "num_units": "units N of the networks of which all exponents are measured; 2N for the largest, N/4 in gated ones",
     "num_networks": "networks drawn at each point",
     "num_steps": "time steps averaged over, after half as many that do not count",
     "seed": "seed of all random numbers",
@@ -197,7 +197,8 @@ PARTS: dict[str, Callable[[Config, Track], Arrays]] = {
 }
 LABELS = dict(zip(PARTS, ("shears", "Gaussian matrices", "tanh", f"leaky, leak {_LEAK:g}", "LSTM", "GRU"), strict=True))
 CAPTION = """\
-Exponents are in nats per step. λ₁: the largest, ± standard deviation over networks. positive: share of exponents > 0.
+Exponents are in nats per step. λ₁: the largest; of random networks, those of 2N units, ± standard deviation over them.
+positive: share of exponents > 0, N units.
 theory: mean-field theory, for N → ∞. mean |Δλ_i|: distance of the mean spectrum to theory, averaged over i.
 bias: largest exponent at that bias of the gate that keeps the state (forget gate of the LSTM, update gate of the GRU).
 QR sum: Σ_t log|R_11|, nats. log σ₁ − QR sum: nats.

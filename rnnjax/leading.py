@@ -7,10 +7,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rnnjax import products, validation
+from rnnjax import lapack, products, validation
 from rnnjax.cells import Cell
 from rnnjax.frames import frame_growth, random_frame
+from rnnjax.graded import Factors
 from rnnjax.jacobi import graded_svd
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.operators import Jacobians
@@ -19,6 +21,10 @@ from rnnjax.typing import Array, Key, Params
 from rnnjax.unroll import Trajectory
 
 _EXTRA_DIRECTIONS = 8
+_ERROR_OF_A_BLOCK = {"float32": 2e-5, "float64": 1e-9}
+"""Nats of error that the steps between two factorisations may add."""
+_VISIBLE = 1e-5
+"""Share of a unit vector above which rounding would be taken for a residual."""
 
 
 @flax.struct.dataclass
@@ -28,7 +34,9 @@ class LeadingSingularValues:
     Attributes:
       log_singular_values: log σ_i in nats, ``[..., k]``, descending; −inf where rank is lost.
       residuals: ‖Pᵀu_i − σ_i v_i‖ / σ_i of each pair of singular vectors, relative, ``[..., k]``: a singular value lies
-        within this share of σ_i, and the error of log σ_i is of the order of its square.
+        within this share of σ_i, and the error of log σ_i is of the order of its square. Left out are the directions
+        that are longer than σ_i by so much that the rounding of u_i drowns what there is to compare (5 nats in
+        float32, 24 in float64).
       right_vectors: v_i, unit columns ``[..., S, k]``: the perturbations of s_0 that grow most.
       num_passes: passes over the sequence, int32 ``[...]``.
       converged: whether every residual came below the tolerance, bool ``[...]``.
@@ -103,7 +111,7 @@ def leading_log_singular_values(
 @functools.partial(jax.jit, static_argnames=("count", "max_passes"))
 def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_passes: int) -> LeadingSingularValues:
     width = min(count + _EXTRA_DIRECTIONS, jacobians.shape[-1])
-    limit = products.condition_limit(jacobians.dtype, jacobians.dtype)
+    limit = _ERROR_OF_A_BLOCK[jacobians.dtype.name] / float(jnp.finfo(jacobians.dtype).eps)
 
     def single(sequence: Jacobians) -> LeadingSingularValues:
         forward, backward = (Chain(sequence, transposed, limit, scaled=False) for transposed in (False, True))
@@ -135,14 +143,20 @@ def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_p
     return products.over_sequences(single, jacobians)
 
 
-def _residuals(back: Any, right: Array, log_sigma: Array) -> Array:
-    """Returns ‖Pᵀu_i − σ_i v_i‖ / σ_i for Pᵀ U in factors and V = ``right``; 0 where σ_i is lost."""
+def _residuals(back: Factors, right: Array, log_sigma: Array) -> Array:
+    """Returns ‖Pᵀu_i − σ_i v_i‖ / σ_i for Pᵀ U in factors and V = ``right``; 0 where σ_i is lost.
+
+    Along directions so much longer than σ_i that the rounding of u_i alone shows there, nothing is compared.
+    """
     lost = ~jnp.isfinite(log_sigma)
     scales = back.log_scales + back.remainder
     exponent = scales[:, None] - jnp.where(lost, 0, log_sigma)[None, :]
-    coordinates = jnp.exp(jnp.where(jnp.isfinite(exponent), exponent, -jnp.inf)) * back.right
-    differences = back.left @ coordinates - right
-    return jnp.where(lost, 0, jnp.sqrt(jnp.sum(differences**2, axis=0)))
+    hidden = exponent > np.log(_VISIBLE / jnp.finfo(right.dtype).eps)
+    coordinates = jnp.exp(jnp.where(hidden | ~jnp.isfinite(exponent), -jnp.inf, exponent)) * back.right
+    expected = lapack.matmul(back.left.T, right)
+    outside = right - lapack.matmul(back.left, expected)
+    differences = jnp.where(hidden, 0, coordinates - expected)
+    return jnp.where(lost, 0, jnp.sqrt(jnp.sum(differences**2, axis=0) + jnp.sum(outside**2, axis=0)))
 
 
 @jax.custom_jvp

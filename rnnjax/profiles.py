@@ -190,7 +190,8 @@ def state_block(cell: Cell, block: str | None) -> Array:
 def _checked_lags(lags: Any, num_steps: int) -> Array:
     if lags is None:
         return jnp.arange(1, num_steps + 1, dtype=jnp.int32)
-    ordered = sorted(validation.positive_integer("lags", lag) for lag in _as_sequence("lags", lags))
+    lags = _as_sequence("lags", lags)
+    ordered = sorted(validation.positive_integer("lags", lag) for lag in lags)
     if not ordered or len(set(ordered)) < len(ordered) or ordered[-1] > num_steps:
         raise ValueError(f"lags must be distinct numbers of steps in [1, {num_steps}], got {list(lags)}")
     return jnp.array(ordered, jnp.int32)
@@ -199,7 +200,8 @@ def _checked_lags(lags: Any, num_steps: int) -> Array:
 def _checked_times(times: Any, num_steps: int) -> Array:
     if times is None:
         times = np.unique(np.linspace(0, num_steps, min(num_steps, _GRID_TIMES) + 1).astype(int))
-    ordered = sorted(validation.non_negative_integer("times", time) for time in _as_sequence("times", times))
+    times = _as_sequence("times", times)
+    ordered = sorted(validation.non_negative_integer("times", time) for time in times)
     if len(ordered) < 2 or len(set(ordered)) < len(ordered) or ordered[-1] > num_steps:
         raise ValueError(f"times must be two or more distinct numbers in [0, {num_steps}], got {list(times)}")
     return jnp.array(ordered, jnp.int32)

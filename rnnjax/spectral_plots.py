@@ -73,8 +73,8 @@ def largest_exponent_against_gain(runs: Runs) -> "Figure":
         theory, measured = run["theory_largest_exponents"], run["largest_exponents"]
         style = _points(index)
         whole.plot(run["gains"], drawing.finite(theory), color=style["color"], linewidth=1.2)
-        for axes, values in ((whole, measured), (difference, measured - theory[:, None])):
-            _draw_mean_and_deviation(axes, run["gains"], drawing.finite(values), style)
+        for axes, drawn in ((whole, measured), (difference, measured - theory[:, None])):
+            _draw_mean_and_deviation(axes, run["gains"], drawing.finite(drawn), style)
     for axes, label in ((whole, "largest exponent λ₁"), (difference, "measured − theory")):
         axes.axhline(0, **_ZERO)
         axes.set(xlabel="gain $g$", ylabel=f"{label} (nats per step)")
@@ -122,7 +122,7 @@ def spectrum_against_theory(runs: Runs) -> "Figure":
     for (whole, leading), (label, run) in zip(grid.T, arrays.items(), strict=True):
         count = run["exponents"].shape[-1]
         _draw_spectra(whole, run, styles, count)
-        _draw_spectra(leading, run, styles, max(2, count // 4))
+        _draw_spectra(leading, run, styles, -(-count // 4))
         whole.set_title(label, fontsize="medium")
     drawing.label_axes(grid[0], "", r"all $\lambda_i$ (nats per step)")
     drawing.label_axes(grid[1], "share of exponents $i/N$", r"leading $\lambda_i$ (nats per step)")
@@ -184,7 +184,7 @@ def largest_exponent_of_gates(runs: Runs) -> "Figure":
             axes.set_title(f"{label}, {drive}", fontsize="medium")
     unstable: Style = {"color": "black", "linewidth": 1.6, "linestyle": "--"}
     for axes, run in zip(grid[0], arrays.values(), strict=True):
-        axes.plot(run["forget_biases"], run["critical_gains"], **unstable)
+        axes.plot(run["forget_biases"], np.log2(run["critical_gains"]), **unstable)
     drawing.label_axes(grid[0], "", "gain of the recurrent weights")
     drawing.label_axes(grid[1], "bias of the gate that keeps the state", "gain of the recurrent weights")
     _add_color_bar(figure, image, grid)
@@ -229,12 +229,10 @@ def singular_values_against_exponents(runs: Runs) -> "Figure":
         rate.set_title(f"products of {label}", fontsize="medium")
     drawing.label_axes(grid[0], "", "growth (nats per step)")
     drawing.label_axes(grid[1], "number of matrices $T$", r"$\log\,\sigma_i\;-$ QR sum (nats)")
-    grey = {"color": "0.3", "linestyle": "none"}
-    keys = {r"$\log\,\sigma_i\,/\,T$, coloured by $i$": _SINGULAR_VALUE | grey, "QR sum / $T$": _QR_SUM | grey}
-    keys |= (
-        {"exponent $\\lambda_i$": _EXPONENT, "closed form": _THEORY} if exact else {"exponent $\\lambda_i$": _EXPONENT}
-    )
-    drawing.add_legend(figure, keys)
+    grey = {"color": "0.3"}
+    keys = {r"$\log\,\sigma_i$, coloured by $i$": _SINGULAR_VALUE | grey}
+    keys |= {r"QR sum $\Sigma_t \log|R_{ii}|$": _QR_SUM | grey, r"exponent $\lambda_i$": _EXPONENT}
+    drawing.add_legend(figure, keys | ({"closed form": _THEORY} if exact else {}))
     values = [run[name] for run in arrays.values() for name in names[1:]]
     drawing.add_notes(figure, drawing.note_not_finite(values))
     return figure
@@ -256,6 +254,7 @@ def _draw_product(rate: "Axes", difference: "Axes", run: Arrays) -> None:
     difference.axhline(0, **_ZERO)
     for axes in (rate, difference):
         axes.set_xscale("log")
+        axes.set_xlim(lengths.min() / 1.4, lengths.max() * 1.4)  # Also where nothing can be drawn.
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
@@ -273,17 +272,24 @@ def _diverging(means: Sequence[np.ndarray]) -> Any:
 
 def _draw_heat_map(axes: "Axes", run: Arrays, means: np.ndarray, norm: Any) -> Any:
     """Draws a map of exponents with its contour at 0, and returns the coloured mesh."""
-    biases, gains = run["forget_biases"], run["gated_gains"]
+    from matplotlib.ticker import MaxNLocator
+
+    biases, gains = run["forget_biases"], np.log2(run["gated_gains"])
     values = np.ma.masked_invalid(means)
     axes.set_facecolor("0.5")
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    mesh = axes.pcolormesh(biases, gains, values, norm=norm, cmap="RdBu_r", shading="nearest")
-    # A line drawn later must not make room for itself where nothing was measured.
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_formatter(lambda power, _: f"{2**power:g}")
+    mesh = axes.pcolormesh(_borders(biases), _borders(gains), values, norm=norm, cmap="RdBu_r")
     if min(values.shape) > 1 and values.min() < 0 < values.max():
         axes.contour(biases, gains, values, levels=[0], colors="black", linewidths=1.6)
+    # A line drawn later must not make room for itself where nothing was measured.
+    axes.set(xlim=_borders(biases)[[0, -1]], ylim=_borders(gains)[[0, -1]])
     return mesh
+
+
+def _borders(centers: np.ndarray) -> np.ndarray:
+    half = np.diff(centers) / 2 if len(centers) > 1 else np.array([0.5])
+    return np.concatenate([centers[:1] - half[:1], centers[:-1] + half[: len(centers) - 1], centers[-1:] + half[-1:]])
 
 
 def _add_color_bar(figure: "Figure", image: Any, grid: np.ndarray) -> None:

@@ -117,12 +117,10 @@ def test_what_is_not_finite_is_an_error_or_a_flag(bad):
         spectrum.__wrapped__(broken)
     assert spectrum(broken).first_non_finite_step == 41
     assert spectrum(chain).first_non_finite_step == -1
-    cell = rnnjax.VanillaCell(4, activation="identity")
-    params = cell.init(jax.random.key(0), 1)
-    exploding = params.replace(recurrent_kernel=1e9 * params.recurrent_kernel)
-    profile = jax.jit(lambda p: rnnjax.spectral_profile(cell, p, jnp.ones((30, 1)), lags=[2]))
-    assert profile(params).first_non_finite_step == -1
-    assert 0 < profile(exploding).first_non_finite_step < 10
+    cell = rnnjax.StepCell(lambda p, h, x: (p * h * h, h), jnp.full(2, 10.0))  # h_t = 10^(2^t): 10^32, then overflow
+    profile = jax.jit(lambda p: rnnjax.spectral_profile(cell, p, jnp.ones((12, 1)), lags=[2]))
+    assert profile(0.1).first_non_finite_step == -1
+    assert profile(1.0).first_non_finite_step == 6
 
 
 def test_the_product_alone_needs_no_more_memory_for_more_steps():

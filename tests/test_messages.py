@@ -8,7 +8,7 @@ from flax import nnx
 
 import rnnjax
 from rnnjax import validation
-from rnnjax.jacobians import DenseJacobians, jacobian_operator
+from rnnjax.jacobians import LinearizedJacobians, jacobian_operator
 from rnnjax.models import RecurrentLayer, RecurrentNetwork
 
 D, H, T, B = 2, 3, 5, 2
@@ -44,7 +44,7 @@ def no_trajectory(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a trajectory was computed")
 
-    monkeypatch.setattr("rnnjax.singular_values.trajectory", refuse)
+    monkeypatch.setattr("rnnjax.profiles.trajectory", refuse)
     monkeypatch.setattr("rnnjax.lyapunov.trajectory", refuse)
 
 
@@ -156,7 +156,7 @@ def test_jacobians_that_are_not_finite_are_named_by_their_step():
         operator = jax.jit(jacobian_operator)(cell, params, path)
         with pytest.raises(ValueError, match="at time step 3"):
             rnnjax.spectral_norm_profile(operator)
-    assert isinstance(jax.jit(jacobian_operator)(step_cell, 1.0, path), DenseJacobians)
+    assert isinstance(jax.jit(jacobian_operator)(step_cell, 1.0, path), LinearizedJacobians)
 
 
 def test_lyapunov_exponents_are_never_silently_nan():

@@ -113,6 +113,8 @@ def main(argv: Sequence[str]) -> None:
             sys.stdout.write(json.dumps(setting | {"what": name} | result) + "\n")
         usual = results["jacrev + SVD"]["median_ms"]
         ratios = {n: f"{r['median_ms']:.1f} ({r['median_ms'] / usual:.2f}×)" for n, r in results.items()}
+        many, one = f"all of {_NUM_SEQUENCES}", results["all"]["median_ms"]
+        ratios[many] = f"{results[many]['median_ms']:.0f} ({results[many]['median_ms'] / one:.1f}× all)"
         rows.append({"cell": label, "H": size, "T": num_steps} | ratios)
     sys.stdout.write("\n" + format_table(rows) + "\n")
 
