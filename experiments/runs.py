@@ -15,7 +15,7 @@ from rnnjax.configuration import RunConfig
 from rnnjax.metrics import MetricsWriter, read_metrics
 from rnnjax.models import RecurrentNetwork, layer_views
 from rnnjax.monitor import Reading, stacked
-from rnnjax.singular_values import spectral_profile
+from rnnjax.profiles import spectral_profile
 from rnnjax.tasks import Task
 from rnnjax.train import FitResult, fit
 from rnnjax.typing import Array

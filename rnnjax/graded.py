@@ -1,7 +1,7 @@
 """Graded factors of a long product, and the factorisations that keep them well conditioned.
 
-A product P is kept as P = L · diag(e^ℓ) · V, with L well conditioned or orthogonal, ℓ in logs and descending, and V well
-conditioned. Columns B that stand for P = B · diag(e^ℓ) · V are factored B = L U with U upper triangular, and
+A product P is kept as P = L · diag(e^ℓ) · V, with L well conditioned or orthogonal, ℓ in logs and descending, and V
+well conditioned. Columns B that stand for P = B · diag(e^ℓ) · V are factored B = L U with U upper triangular, and
 
     ℓ'_i = ℓ_i + log|U_ii|,    V' = (U_ij e^(ℓ_j − ℓ'_i))_ij · V,
 

@@ -1,9 +1,9 @@
 """Singular values of graded rows, by QR iteration and one-sided Jacobi rotations on lengths kept in logs.
 
-The rows of diag(e^ℓ) · V span thousands of nats. A few QR iterations (see ``graded.transposed``) make rows whose lengths
-differ much orthogonal at little cost; what is left are neighbours of like length, which Jacobi rotations finish. Each
-row is a unit vector u_j and a log length ℓ_j, so that no length is ever formed. For a pair with d = e^(ℓ_q − ℓ_p) ≤ 1
-and c = u_p·u_q, the rotation with
+The rows of diag(e^ℓ) · V span thousands of nats. A few QR iterations (see ``graded.transposed``) make rows whose
+lengths differ much orthogonal at little cost; what is left are neighbours of like length, which Jacobi rotations
+finish. Each row is a unit vector u_j and a log length ℓ_j, so that no length is ever formed. For a pair with
+d = e^(ℓ_q − ℓ_p) ≤ 1 and c = u_p·u_q, the rotation with
 
     τ = 2c / ((1 − d²) + √((1 − d²)² + 4c²d²)),   t = τ d
 

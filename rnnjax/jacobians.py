@@ -43,7 +43,7 @@ __all__ = [
 
 
 def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jacobians:
-    """Returns every step Jacobian in the cheapest form the cell allows: factors for affine cells, else a linearised step.
+    """Returns every step Jacobian in the cheapest form: the factors of an affine cell, or a linearised step.
 
     Args:
       cell: any cell.

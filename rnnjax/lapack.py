@@ -33,7 +33,7 @@ def over_batch(function: Callable[..., Any], array: Array, num_axes: int) -> Any
 
 
 def matmul(left: Array, right: Array) -> Array:
-    """Returns left · right for ``[..., m, k]`` and ``[..., k, n]`` with the same leading axes, at the highest precision.
+    """Returns left · right for ``[..., m, k]`` and ``[..., k, n]``, leading axes the same, at the highest precision.
 
     jnp.matmul would also name its output's dtype, and that is what JAX refuses when a compiled program that switched
     float64 on for itself is mapped by a ``jax.vmap`` from outside.

@@ -15,7 +15,7 @@ from rnnjax.frames import frame_growth, random_frame
 from rnnjax.graded import Factors
 from rnnjax.jacobi import graded_svd
 from rnnjax.jacobians import jacobian_operator
-from rnnjax.operators import Jacobians
+from rnnjax.operators import Jacobians, first_non_finite_step
 from rnnjax.products import Chain
 from rnnjax.typing import Array, Key, Params
 from rnnjax.unroll import Trajectory
@@ -40,6 +40,8 @@ class LeadingSingularValues:
       right_vectors: v_i, unit columns ``[..., S, k]``: the perturbations of s_0 that grow most.
       num_passes: passes over the sequence, int32 ``[...]``.
       converged: whether every residual came below the tolerance, bool ``[...]``.
+      first_non_finite_step: the first step whose Jacobian has a NaN or an infinity, int32 ``[...]``, −1 where there is
+        none; values are NaN then. Outside ``jax.jit`` such a step is an error instead.
     """
 
     log_singular_values: Array
@@ -47,6 +49,7 @@ class LeadingSingularValues:
     right_vectors: Array
     num_passes: Array
     converged: Array
+    first_non_finite_step: Array
 
 
 def leading_log_singular_values(
@@ -115,6 +118,7 @@ def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_p
 
     def single(sequence: Jacobians) -> LeadingSingularValues:
         forward, backward = (Chain(sequence, transposed, limit, scaled=False) for transposed in (False, True))
+        first_bad = first_non_finite_step(sequence)
         first = backward.multiplied(random_frame(key, sequence, width))
 
         def unfinished(state: LeadingSingularValues) -> Array:
@@ -128,16 +132,17 @@ def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_p
             residuals = _residuals(back, frame @ right, log_sigma)
             values, frame, _ = graded_svd(back)
             converged = (residuals[:count] <= tolerance).all()
-            return LeadingSingularValues(values, residuals, frame, state.num_passes + 2, converged)
+            return LeadingSingularValues(values, residuals, frame, state.num_passes + 2, converged, first_bad)
 
         unknown = jnp.full(width, jnp.nan, sequence.dtype)
-        start = LeadingSingularValues(unknown, unknown, first.left, jnp.ones((), jnp.int32), jnp.zeros((), bool))
+        start = LeadingSingularValues(unknown, unknown, first.left, jnp.ones((), jnp.int32), first_bad >= 0, first_bad)
         result = jax.lax.while_loop(unfinished, both_ways, start)
         return dataclasses.replace(
             result,
             log_singular_values=result.log_singular_values[:count],
             residuals=result.residuals[:count],
             right_vectors=result.right_vectors[:, :count],
+            converged=result.converged & (first_bad < 0),
         )
 
     return products.over_sequences(single, jacobians)

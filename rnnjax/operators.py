@@ -228,7 +228,7 @@ class LinearizedJacobians:
     @property
     def dtype(self) -> DType:
         """Dtype of the Jacobians."""
-        return self.wide or jnp.result_type(*jax.tree.leaves(self.carries))
+        return self.wide or jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(self.carries)))
 
     def astype(self, dtype: DType) -> "LinearizedJacobians":
         """Returns the same Jacobians in another dtype; the step itself is not computed in it."""

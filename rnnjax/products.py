@@ -44,9 +44,10 @@ class FactoredProduct:
       log_abs_det: Σ_t log|det A_t| in nats, ``[...]``, computed from each A_t on its own. It must equal the sum of
         all log singular values, and is the evidence that none of them is wrong.
       error_estimate: how far rounding may have moved each log singular value, nats, ``[..., S]``; 0 where rank is lost.
-      num_factorizations: how many times columns were factored, int32 ``[...]``; T at most when nothing is taken back.
-      first_non_finite_step: the first step with a NaN or an infinity, int32 ``[...]``, −1 where there is none; what
-        the other fields hold is meaningless then. Outside ``jax.jit`` such a step is an error instead.
+      num_factorizations: how many times columns were factored, int32 ``[...]``; at most T + 3 where no block was taken
+        back.
+      first_non_finite_step: the first step with a NaN or an infinity, int32 ``[...]``, −1 where there is none;
+        ``log_scales`` are NaN then. Outside ``jax.jit`` such a step is an error instead.
     """
 
     left: Array
@@ -282,15 +283,16 @@ def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
         factors = graded.regraded(graded.orthogonalized(left, scales), steps.factors)
         factors = jax.lax.fori_loop(0, 2, lambda _, own: graded.transposed(own), factors)
         rounded = graded.narrowed(factors, own)
+        first_bad = first_non_finite_step(sequence)
         return FactoredProduct(
             left=rounded.left,
-            log_scales=rounded.log_scales,
+            log_scales=jnp.where(first_bad < 0, rounded.log_scales, jnp.nan),
             log_scales_remainder=rounded.remainder,
             right=rounded.right,
             log_abs_det=chain.log_abs_dets()[-1].astype(own),
             error_estimate=error_estimate(steps, -jnp.sort(-factors.log_scales), own),
             num_factorizations=steps.num_factorizations + 3,
-            first_non_finite_step=first_non_finite_step(sequence),
+            first_non_finite_step=first_bad,
         )
 
     return over_sequences(single, jacobians)

@@ -223,9 +223,10 @@ def _at(chain: Chain, steps: Steps, end: Array, mask: Array) -> tuple[Steps, Fac
     return steps, graded.regraded(factored, steps.factors)
 
 
-def _spectrum(steps: Steps, factors: Factors, own: DType) -> dict[str, Array]:
-    """Returns log σ, error estimates and counts of factored columns."""
-    values, sweeps = log_singular_values_of_rows(factors.log_scales, factors.remainder, factors.right)
+def _spectrum(steps: Steps, factors: Factors, own: DType, finite: Array) -> dict[str, Array]:
+    """Returns log σ, NaN unless all Jacobians are finite, error estimates and counts."""
+    scales = jnp.where(finite, factors.log_scales, jnp.nan)
+    values, sweeps = log_singular_values_of_rows(scales, factors.remainder, factors.right)
     return {
         "log_singular_values": values.astype(own),
         "error_estimate": products.error_estimate(steps, values, own),
@@ -240,11 +241,12 @@ def _profile(jacobians: Jacobians, lags: Array, mask: Array, wide: DType) -> Spe
 
     def single(sequence: Jacobians) -> dict[str, Array]:
         # P(T, T − lag)ᵀ grows on the left, one step a lag.
+        finite = sequence.finite().all()
         chain = Chain(sequence.astype(wide), True, products.condition_limit(own, wide))
 
         def at_lag(steps: Steps, lag: Array) -> tuple[Steps, dict[str, Array]]:
             steps, factors = _at(chain, steps, lag, mask)
-            return steps, _spectrum(steps, factors, own)
+            return steps, _spectrum(steps, factors, own, finite)
 
         _, results = jax.lax.scan(at_lag, chain.start(mask), lags)
         return results | {"log_abs_det": chain.log_abs_dets()[lags - 1].astype(own)}
@@ -260,6 +262,7 @@ def _grid(jacobians: Jacobians, times: Array, mask: Array, wide: DType) -> Spect
     own = jacobians.dtype
 
     def single(sequence: Jacobians) -> dict[str, Array]:
+        finite = sequence.finite().all()
         chain = Chain(sequence.astype(wide), False, products.condition_limit(own, wide))
 
         def between(steps: Steps, pair: tuple[Array, Array]) -> tuple[Steps, dict[str, Array]]:
@@ -267,7 +270,7 @@ def _grid(jacobians: Jacobians, times: Array, mask: Array, wide: DType) -> Spect
 
             def pending() -> tuple[Steps, dict[str, Array]]:
                 at_last, factors = _at(chain, steps, last, mask)
-                spectrum = _spectrum(at_last, factors, own)
+                spectrum = _spectrum(at_last, factors, own, finite)
                 return at_last, {name: spectrum[name] for name in ("log_singular_values", "error_estimate")}
 
             nothing = jnp.full(len(mask), jnp.nan, own)

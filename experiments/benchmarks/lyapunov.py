@@ -3,13 +3,14 @@
   python -m experiments.benchmarks.lyapunov
 
 times the leading quarter and all exponents of random tanh networks h ← tanh(W h), W_ij ~ N(0, g²/N), in float64: ours,
-ours with a QR at every step, and lyapax (pip install lyapax; only this benchmark needs it), called plainly and inside
+ours with a QR at every step, and lyapax (the extra "benchmarks"; only this one needs it), called plainly and inside
 jax.jit. All run on the same network from the same state, compiled first and then in turns, and the table sets our
 median time against the faster of the two lyapax. The difference is the largest of any exponent from those of a QR at
 every step of the same frame. Lines of JSON, with the machine and the versions, then the table.
 """
 
 import functools
+import importlib.util
 import json
 import platform
 import statistics
@@ -106,9 +107,12 @@ def main(argv: Sequence[str]) -> None:
     options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
+        sizes = [options.positive_integer("sizes", size) for size in FLAGS.sizes]
+        if importlib.util.find_spec("lyapax") is None:
+            raise ImportError("lyapax must be installed: pip install 'rnnjax[benchmarks]'")
     lines = []
     with jax.enable_x64(True):
-        for size in map(int, FLAGS.sizes):
+        for size in sizes:
             for count in (max(1, size // 4), size):
                 lines.append(measured(size, count, FLAGS.num_steps, FLAGS.repeats, FLAGS.seed))
                 sys.stdout.write(json.dumps(lines[-1]) + "\n")
