@@ -121,22 +121,22 @@ def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_p
         first_bad = first_non_finite_step(sequence)
         first = backward.multiplied(random_frame(key, sequence, width))
 
-        def unfinished(state: LeadingSingularValues) -> Array:
-            return ~state.converged & (state.num_passes + 2 <= max_passes)
+        def unfinished(state: tuple[LeadingSingularValues, Array]) -> Array:
+            found, _ = state
+            return ~found.converged & (found.num_passes + 2 <= max_passes)
 
-        def both_ways(state: LeadingSingularValues) -> LeadingSingularValues:
-            frame = state.right_vectors
-            grown = forward.multiplied(frame)
-            log_sigma, left, right = graded_svd(grown)
-            back = backward.multiplied(left)
-            residuals = _residuals(back, frame @ right, log_sigma)
-            values, frame, _ = graded_svd(back)
+        def both_ways(state: tuple[LeadingSingularValues, Array]) -> tuple[LeadingSingularValues, Array]:
+            found, frame = state
+            log_sigma, left, right = graded_svd(forward.multiplied(frame))
+            vectors, back = lapack.matmul(frame, right), backward.multiplied(left)
+            residuals = _residuals(back, vectors, log_sigma)
             converged = (residuals[:count] <= tolerance).all()
-            return LeadingSingularValues(values, residuals, frame, state.num_passes + 2, converged, first_bad)
+            passes = found.num_passes + 2
+            return LeadingSingularValues(log_sigma, residuals, vectors, passes, converged, first_bad), back.left
 
-        unknown = jnp.full(width, jnp.nan, sequence.dtype)
-        start = LeadingSingularValues(unknown, unknown, first.left, jnp.ones((), jnp.int32), first_bad >= 0, first_bad)
-        result = jax.lax.while_loop(unfinished, both_ways, start)
+        unknown, one = jnp.full(width, jnp.nan, sequence.dtype), jnp.ones((), jnp.int32)
+        nothing = LeadingSingularValues(unknown, unknown, first.left, one, first_bad >= 0, first_bad)
+        result, _ = jax.lax.while_loop(unfinished, both_ways, (nothing, first.left))
         return dataclasses.replace(
             result,
             log_singular_values=result.log_singular_values[:count],

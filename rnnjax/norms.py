@@ -45,9 +45,9 @@ def spectral_norm_profile(jacobians: Array | Jacobians) -> Array:
     A product in floats keeps the largest singular value, if not the small ones, and its scale is kept apart, so that
     nothing overflows. Directions that have shrunk below rounding beside the largest are left out from there on. The
     norm of each product comes from subspace iteration that starts from the leading directions at the lag before, with
-    a random one added, until the residual ‖PPᵀx − θ²x‖ of the leading pair and the last rise of θ² are below 5e-4 θ²
-    (1e-7 in float64), which bounds the error of log θ as long as no larger singular value went unseen; where they are
-    not, from an SVD.
+    PPᵀ times a random one added, until the residual ‖PPᵀx − θ²x‖ of the leading pair is below 5e-4 θ² (1e-7 in
+    float64), which bounds the error of log θ as long as no larger singular value went unseen; where it is not, from an
+    SVD.
 
     The exception is a direction that rounding has lost beside a larger one before a later factor annihilates the
     larger: what is left of the norm then is rounding, or zero. ``spectral_profile`` has no such limit.
@@ -134,21 +134,20 @@ def _norm_and_directions(columns: Array, guesses: Array) -> tuple[Array, Array]:
     if columns.shape[1] <= _BLOCK + 1:
         return lapack.spectral_norm(columns), guesses
     limit = _RESIDUAL[columns.dtype.name]
-    random = np.random.default_rng(0).normal(size=(columns.shape[1], 1)) / columns.shape[1] ** 0.5
-    start = jnp.concatenate([guesses, jnp.asarray(random, columns.dtype)], axis=1)
+    random = jnp.asarray(np.random.default_rng(0).normal(size=(columns.shape[1], 1)), columns.dtype)
+    # Multiplied once, so that a larger direction that nobody guessed stands out in it.
+    unguessed = lapack.matmul(columns.T, lapack.matmul(columns, random))
+    start = jnp.concatenate([guesses, unguessed / jnp.sqrt(jnp.sum(unguessed**2))], axis=1)
 
     def iterate(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        count, directions, before, _ = state
+        count, directions, _, _ = state
         directions = jnp.linalg.qr(directions)[0]
         images = lapack.matmul(columns, directions)
         squares, rotation = jnp.linalg.eigh(lapack.matmul(images.T, images))
         directions, images = (lapack.matmul(x, rotation[:, ::-1]) for x in (directions, images))
         back = lapack.matmul(columns.T, images)
         residual = jnp.linalg.norm(back[:, 0] - squares[-1] * directions[:, 0]) / squares[-1]
-        # A direction that nobody guessed shows in the random one, once that has been multiplied.
-        rise = jnp.abs(squares[-1] - before) / squares[-1]
-        unsettled = jnp.maximum(residual, jnp.where(count == 0, jnp.inf, rise))
-        return count + 1, back / jnp.sqrt(jnp.sum(back[:, 0] ** 2)), squares[-1], unsettled
+        return count + 1, back / jnp.sqrt(jnp.sum(back[:, 0] ** 2)), squares[-1], residual
 
     def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
         count, _, _, residual = state

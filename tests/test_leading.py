@@ -29,7 +29,9 @@ def network(name, dtype, num_steps=30, batch_shape=()):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in CELLS), ("lstm", "float64")], indirect=["dtype"]
+    ("name", "dtype"),
+    [*((name, "float32") for name in ("vanilla", "lstm", "step")), ("lstm", "float64")],
+    indirect=["dtype"],
 )
 def test_values_are_those_of_the_dense_route(name, dtype):
     cell, params, inputs = network(name, dtype, batch_shape=(2,))
@@ -139,8 +141,8 @@ def test_gradients_explode_with_the_length_in_chaos():
         path = rnnjax.trajectory(cell, own, jnp.zeros((num_steps, 1)), start)
         return leading_log_singular_values(cell, own, path, 1).log_singular_values[0] / num_steps
 
-    short, long = (abs(float(jax.grad(growth)(3.0, steps))) for steps in (20, 80))
-    assert long > 1e3 * short
+    slope = jax.grad(growth)(3.0, 80)
+    assert abs(slope) > 1e3  # of a quantity of 0.3, over a range of gains of 1
 
 
 @pytest.mark.parametrize(
