@@ -83,10 +83,17 @@ def singular_spectrum(product: FactoredProduct) -> SingularSpectrum:
       True
     """
     _check_product(product)
-    own = product.log_scales.dtype
-    with products.factorization_precision(own, None) as wide:
-        values, sweeps = _all_values(product.log_scales, product.log_scales_remainder, product.right, wide)
-        return _with_evidence(product, values, sweeps)
+    with products.factorization_precision(product.log_scales.dtype, None) as wide:
+        values, residual, sweeps = _all_values(product, wide)
+    return SingularSpectrum(
+        log_singular_values=values,
+        error_estimate=jnp.where(jnp.isneginf(values), 0, product.error_estimate),
+        log_abs_det=product.log_abs_det,
+        residual=residual,
+        num_factorizations=product.num_factorizations,
+        num_sweeps=sweeps,
+        first_non_finite_step=product.first_non_finite_step,
+    )
 
 
 def log_spectral_norm(product: FactoredProduct) -> Array:
@@ -121,29 +128,18 @@ def _check_product(product: FactoredProduct) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="wide")
-def _all_values(log_scales: Array, remainder: Array, rows: Array, wide: DType) -> tuple[Array, Array]:
-    batch_shape = log_scales.shape[:-1]
-    leaves = [leaf.reshape(-1, *leaf.shape[len(batch_shape) :]).astype(wide) for leaf in (log_scales, remainder, rows)]
+def _all_values(product: FactoredProduct, wide: DType) -> tuple[Array, Array, Array]:
+    """Returns log σ, the residual of their sum, taken before they are rounded, and the number of sweeps."""
+    own, batch_shape = product.log_scales.dtype, product.log_scales.shape[:-1]
+    leaves = (product.log_scales, product.log_scales_remainder, product.right, product.log_abs_det)
+    leaves = tuple(leaf.reshape(-1, *leaf.shape[len(batch_shape) :]).astype(wide) for leaf in leaves)
 
-    def single(index: Array) -> tuple[Array, Array]:
-        values, sweeps = log_singular_values_of_rows(*(leaf[index] for leaf in leaves))
-        return values.astype(log_scales.dtype), sweeps
+    def single(index: Array) -> tuple[Array, Array, Array]:
+        *factors, log_abs_det = (leaf[index] for leaf in leaves)
+        values, sweeps = log_singular_values_of_rows(*factors)
+        both_lost = jnp.isneginf(values).any() & jnp.isneginf(log_abs_det)
+        residual = jnp.where(both_lost, 0, values.sum() - jnp.where(both_lost, 0, log_abs_det))
+        return values.astype(own), residual.astype(own), sweeps
 
-    values, sweeps = lapack.over_batch(single, jnp.arange(len(leaves[0]), dtype=jnp.int32), 1)
-    return values.reshape(log_scales.shape), sweeps.reshape(batch_shape)
-
-
-def _with_evidence(product: FactoredProduct, values: Array, sweeps: Array) -> SingularSpectrum:
-    lost = jnp.isneginf(values)
-    estimate = jnp.where(lost, 0, product.error_estimate)
-    both_lost = lost.any(axis=-1) & jnp.isneginf(product.log_abs_det)
-    residual = jnp.where(both_lost, 0, values.sum(axis=-1) - jnp.where(both_lost, 0, product.log_abs_det))
-    return SingularSpectrum(
-        values,
-        estimate,
-        product.log_abs_det,
-        residual,
-        product.num_factorizations,
-        sweeps,
-        product.first_non_finite_step,
-    )
+    values, residual, sweeps = lapack.over_batch(single, jnp.arange(len(leaves[0]), dtype=jnp.int32), 1)
+    return values.reshape(product.log_scales.shape), residual.reshape(batch_shape), sweeps.reshape(batch_shape)
