@@ -131,8 +131,8 @@ def _check_product(product: FactoredProduct) -> None:
 def _all_values(product: FactoredProduct, wide: DType) -> tuple[Array, Array, Array]:
     """Returns log σ, the residual of their sum, taken before they are rounded, and the number of sweeps."""
     own, batch_shape = product.log_scales.dtype, product.log_scales.shape[:-1]
-    leaves = (product.log_scales, product.log_scales_remainder, product.right, product.log_abs_det)
-    leaves = tuple(leaf.reshape(-1, *leaf.shape[len(batch_shape) :]).astype(wide) for leaf in leaves)
+    fields = (product.log_scales, product.log_scales_remainder, product.right, product.log_abs_det)
+    leaves = tuple(leaf.reshape(-1, *leaf.shape[len(batch_shape) :]).astype(wide) for leaf in fields)
 
     def single(index: Array) -> tuple[Array, Array, Array]:
         *factors, log_abs_det = (leaf[index] for leaf in leaves)
