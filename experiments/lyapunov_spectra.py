@@ -25,8 +25,8 @@ import rnnjax
 from experiments import options
 from rnnjax import plots, spectral_plots, validation
 from rnnjax.cells import AffineCell
+from rnnjax.frames import frame_growth
 from rnnjax.initializers import Gaussian
-from rnnjax.lyapunov import frame_growth
 from rnnjax.mean_field import RandomNetwork
 from rnnjax.operators import DenseJacobians
 from rnnjax.typing import Array, Carry

@@ -5,10 +5,11 @@ from rnnjax.cells import AffineCell, Cell, CellParams, GRUCell, LeakyCell, LSTMC
 from rnnjax.clipping import ClippedState, clipped, clipping_state
 from rnnjax.composition import factor_product_over_mesh, multiply_products
 from rnnjax.covariant import CovariantVectors, covariant_vectors
-from rnnjax.jacobians import StructuredJacobians, autodiff_step_jacobians, step_jacobians, structured_jacobians
+from rnnjax.jacobians import autodiff_step_jacobians, step_jacobians, structured_jacobians
 from rnnjax.leading import LeadingSingularValues, leading_log_singular_values
 from rnnjax.lyapunov import LyapunovResult, kaplan_yorke_dimension, lyapunov_spectrum
 from rnnjax.norms import spectral_norm_profile
+from rnnjax.operators import StructuredJacobians
 from rnnjax.products import FactoredProduct, factor_product
 from rnnjax.profiles import SpectralGrid, SpectralProfile, spectral_grid, spectral_profile
 from rnnjax.singular_values import SingularSpectrum, log_singular_values, log_spectral_norm, singular_spectrum

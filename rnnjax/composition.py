@@ -19,8 +19,6 @@ Carlo, SciPost Physics Core 2, 2020 (products of graded factors).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -109,8 +107,8 @@ def multiply_products(
     Source: J. Demmel et al., Computing the singular value decomposition with high relative accuracy, Linear Algebra and
     its Applications 299, 1999.
     """
-    _check_product("later", later)
-    _check_product("earlier", earlier)
+    products.check_product("later", later)
+    products.check_product("earlier", earlier)
     validation.same_shapes("earlier", earlier, later)
     validation.same_dtype("earlier", earlier.left, "later", later.left)
     with products.factorization_precision(later.left.dtype, dtype) as wide:
@@ -153,14 +151,10 @@ def factor_product_over_mesh(
         return _factor_product_over_mesh(jax.device_put(padded, by_time), mesh, axis_name, wide)
 
 
-def _check_product(name: str, product: Any) -> None:
-    if not isinstance(product, FactoredProduct):
-        raise ValueError(f"{name} must be a FactoredProduct, what factor_product returns; got {type(product).__name__}")
-
-
 @functools.partial(jax.jit, static_argnames="wide")
 def _multiply_products(later: FactoredProduct, earlier: FactoredProduct, wide: DType) -> FactoredProduct:
-    return _over_batch(lambda pair: _product_of_pair(pair[0], pair[1], wide), (later, earlier), later.log_abs_det.ndim)
+    num_axes = later.log_abs_det.ndim
+    return lapack.over_batch(lambda pair: _product_of_pair(pair[0], pair[1], wide), (later, earlier), num_axes)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "axis_name", "wide"))
@@ -211,16 +205,6 @@ def _narrowed(product: FactoredProduct, dtype: DType) -> FactoredProduct:
         log_abs_det=product.log_abs_det.astype(dtype),
         error_estimate=jnp.hypot(product.error_estimate, rounded).astype(dtype),
     )
-
-
-def _over_batch(function: Callable[[Any], Any], tree: Any, num_axes: int) -> Any:
-    """Does what ``lapack.over_batch`` does, for a pytree of arrays."""
-    if num_axes == 0:
-        return function(tree)
-    batch_shape = jax.tree.leaves(tree)[0].shape[:num_axes]
-    flat = jax.tree.map(lambda leaf: leaf.reshape(math.prod(batch_shape), *leaf.shape[num_axes:]), tree)
-    results = jax.lax.map(function, flat) if jax.default_backend() == "cpu" else jax.vmap(function)(flat)
-    return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[1:]), results)
 
 
 def _product_of_pair(later: FactoredProduct, earlier: FactoredProduct, wide: DType) -> FactoredProduct:

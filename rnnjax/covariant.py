@@ -13,8 +13,9 @@ import numpy as np
 
 from rnnjax import lapack, validation
 from rnnjax.cells import Cell
-from rnnjax.jacobians import Jacobians, jacobian_operator
-from rnnjax.lyapunov import random_frame
+from rnnjax.frames import random_frame
+from rnnjax.jacobians import jacobian_operator
+from rnnjax.operators import Jacobians
 from rnnjax.typing import Array, Carry, Key, Params
 from rnnjax.unroll import trajectory
 
@@ -125,7 +126,7 @@ def covariant_vectors(
     """
     cell.check(params, inputs, carry)
     length = jax.tree.leaves(inputs)[0].shape[0]
-    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initialize_carry)))
+    size = cell.state_size
     count = size if num_exponents is None else validation.integer_between("num_exponents", num_exponents, 1, size)
     start = validation.integer_between("num_transient", num_transient, 0, length - 1)
     last = length - 1 - start
@@ -174,12 +175,9 @@ def _unit_columns(columns: Array) -> tuple[Array, Array]:
 
 def _solved(triangle: Array, right: Array) -> Array:
     """R^{−1} C for each matrix of a batch."""
-    count = triangle.shape[-1]
-
-    def solve(both: Array) -> Array:
-        return jax.scipy.linalg.solve_triangular(both[:, :count], both[:, count:])
-
-    return lapack.over_batch(solve, jnp.concatenate([triangle, right], axis=-1), triangle.ndim - 2)
+    return lapack.over_batch(
+        lambda pair: jax.scipy.linalg.solve_triangular(*pair), (triangle, right), triangle.ndim - 2
+    )
 
 
 def _check_rank(triangles: Array) -> None:

@@ -1,4 +1,4 @@
-"""What the figures of ``rnnjax.plots`` have in common: checks, styles, axes, legends, notes."""
+"""What the figures of ``rnnjax.plots`` and ``rnnjax.spectral_plots`` share: checks, styles, axes, legends, notes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,24 @@ AXES = {
     "gradient_norm_clipped": "N",
     "evaluation_step": "E",
     "evaluation_accuracy": "E",
+    "gains": "G",
+    "largest_exponents": "Gn",
+    "theory_largest_exponents": "G",
+    "spectrum_gains": "Q",
+    "exponents": "QnU",
+    "theory_exponents": "QU",
+    "gated_gains": "G",
+    "forget_biases": "B",
+    "critical_gains": "B",
+    "autonomous_exponents": "GBn",
+    "driven_exponents": "GBn",
+    "product_lengths": "P",
+    "log_singular_values": "Pk",
+    "exact_log_singular_values": "Pk",
+    "qr_sums": "Pk",
+    "product_exponents": "k",
 }
-"""The axes of each array, in the letters of ``rnnjax.plots``."""
+"""The axes of each array, in the letters of ``rnnjax.plots`` and ``rnnjax.spectral_plots``."""
 # Okabe & Ito's colours without yellow, which is too pale on white; the markers tell the runs apart in grey.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -195,7 +211,7 @@ def heat_maps(row: np.ndarray, arrays: dict[str, Arrays], name: str, label: str,
     for axes, values, run in zip(row, means, arrays.values(), strict=True):
         axes.set_facecolor("0.5")
         rows = 0.5 + np.arange(values.shape[1] + 1)
-        image = axes.pcolormesh(_edges(run["steps"]), rows, values.T, norm=scale, cmap="RdBu_r")
+        image = axes.pcolormesh(edges(run["steps"]), rows, values.T, norm=scale, cmap="RdBu_r")
         axes.yaxis.set_major_locator(_whole_numbers(8))
     few_decades = largest <= 100 * linear_below
     ticks = SymmetricalLogLocator(base=10, linthresh=linear_below, subs=(1, 3) if few_decades else (1,))
@@ -203,10 +219,10 @@ def heat_maps(row: np.ndarray, arrays: dict[str, Arrays], name: str, label: str,
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
 
 
-def _edges(steps: np.ndarray) -> np.ndarray:
-    """Returns the borders of cells around ``steps``."""
-    half = np.diff(steps) / 2 if len(steps) > 1 else np.array([0.5])
-    return np.concatenate([steps[:1] - half[:1], steps[:-1] + half[: len(steps) - 1], steps[-1:] + half[-1:]])
+def edges(centers: np.ndarray) -> np.ndarray:
+    """Returns the borders of cells around ``centers``."""
+    half = np.diff(centers) / 2 if len(centers) > 1 else np.array([0.5])
+    return np.concatenate([centers[:1] - half[:1], centers[:-1] + half[: len(centers) - 1], centers[-1:] + half[-1:]])
 
 
 def label_axes(panels: Iterable["Axes"], x: str, y: str) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnnjax import lapack
-from rnnjax.jacobians import Jacobians
+from rnnjax.operators import Jacobians
 from rnnjax.typing import Array, Key
 
 _Progress = tuple[Array, Array, Array, Array]
@@ -37,7 +37,7 @@ def random_frame(key: Key, jacobians: Jacobians, count: int) -> Array:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from rnnjax.jacobians import DenseJacobians
+      >>> from rnnjax.operators import DenseJacobians
       >>> frame = random_frame(jax.random.key(0), DenseJacobians(jnp.ones((5, 3, 4, 4))), 2)
       >>> frame.shape, bool(jnp.allclose(frame[0].T @ frame[0], jnp.eye(2), atol=1e-6))
       ((3, 4, 2), True)
@@ -60,7 +60,7 @@ def frame_growth(jacobians: Jacobians, frame: Array, *, backward: bool = False) 
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from rnnjax.jacobians import DenseJacobians
+      >>> from rnnjax.operators import DenseJacobians
       >>> steps = DenseJacobians(jnp.stack([jnp.diag(jnp.array([2.0, 0.5]))] * 3))
       >>> _, growth = frame_growth(steps, jnp.eye(2))
       >>> print(growth.sum(axis=0).round(3))  # 3 ln 2 and 3 ln ½
@@ -101,7 +101,7 @@ def block_growth(jacobians: Jacobians, frame: Array, boundaries: tuple[int, ...]
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from rnnjax.jacobians import DenseJacobians
+      >>> from rnnjax.operators import DenseJacobians
       >>> steps = DenseJacobians(jnp.stack([jnp.diag(jnp.array([2.0, 0.5]))] * 5))
       >>> print(block_growth(steps, jnp.eye(2), (0, 2, 5))[1].round(3))  # 2 and 3 times ln 2 and ln ½
       [[ 1.386 -1.386]
@@ -159,6 +159,5 @@ def _stretch(jacobians: Jacobians, stop: Array, state: _Progress) -> _Progress:
 
 def _unit_lower(columns: Array) -> tuple[Array, Array]:
     """L' with its rows put back, and |U_ii|, of the factorisation with partial pivoting."""
-    factors, _, permutation = jax.lax.linalg.lu(columns)
-    lower = jnp.tril(factors, -1) + jnp.eye(columns.shape[0], columns.shape[1], dtype=columns.dtype)
-    return jnp.zeros_like(lower).at[permutation].set(lower, unique_indices=True), jnp.abs(jnp.diagonal(factors))
+    rows, unit, triangle = lapack.lu(columns)
+    return jnp.zeros_like(unit).at[rows].set(unit, unique_indices=True), jnp.abs(jnp.diagonal(triangle))

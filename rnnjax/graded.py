@@ -64,13 +64,7 @@ class Triangular:
 
 def eliminated(columns: Array, log_scales: Array) -> Triangular:
     """Factors sorted columns by Gaussian elimination with partial pivoting."""
-
-    def factor(ordered: Array) -> tuple[Array, Array, Array]:
-        packed, _, rows = jax.lax.linalg.lu(ordered)
-        unit = jnp.tril(packed, -1) + jnp.eye(len(packed), packed.shape[1], dtype=packed.dtype)
-        return rows.astype(jnp.int32), unit, jnp.triu(packed[: packed.shape[1]])
-
-    return _rank_revealing(factor, columns, log_scales)
+    return _rank_revealing(lapack.lu, columns, log_scales)
 
 
 def orthogonalized(columns: Array, log_scales: Array) -> Triangular:

@@ -16,30 +16,9 @@ import jax.numpy as jnp
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell, CellParams
 from rnnjax.cells.base import split_gates
-from rnnjax.operators import (
-    DenseJacobians,
-    Jacobians,
-    LinearizedJacobians,
-    StructuredJacobians,
-    check_finite,
-    first_non_finite_step,
-)
+from rnnjax.operators import Jacobians, LinearizedJacobians, StructuredJacobians, check_finite
 from rnnjax.typing import Array, Carry, Params
 from rnnjax.unroll import Trajectory
-
-__all__ = [
-    "DenseJacobians",
-    "Jacobians",
-    "LinearizedJacobians",
-    "StructuredJacobians",
-    "autodiff_step_jacobians",
-    "check_finite",
-    "first_non_finite_step",
-    "jacobian_operator",
-    "linearized_jacobians",
-    "step_jacobians",
-    "structured_jacobians",
-]
 
 
 def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jacobians:

@@ -5,6 +5,7 @@ hands the batch to (seen with jaxlib 0.10.2: a scan of QR factorisations of two 
 matrix a call is as fast and always returns. On accelerators the batch goes to the device's own batched routines.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,22 +15,23 @@ import jax.numpy as jnp
 from rnnjax.typing import Array
 
 
-def over_batch(function: Callable[..., Any], array: Array, num_axes: int) -> Any:
+def over_batch(function: Callable[[Any], Any], tree: Any, num_axes: int) -> Any:
     """Applies ``function`` to each element of a batch, one at a time on CPU, all at once elsewhere.
 
     Args:
-      function: takes an array and returns a pytree of arrays.
-      array: has ``num_axes`` leading batch axes.
+      function: takes a pytree of arrays and returns one.
+      tree: its arrays have the same ``num_axes`` leading batch axes.
       num_axes: how many batch axes there are.
 
     Returns:
       The results, with the batch axes leading.
     """
     if num_axes == 0:
-        return function(array)
-    flat = array.reshape(-1, *array.shape[num_axes:])
+        return function(tree)
+    batch_shape = jax.tree.leaves(tree)[0].shape[:num_axes]
+    flat = jax.tree.map(lambda leaf: leaf.reshape(math.prod(batch_shape), *leaf.shape[num_axes:]), tree)
     results = jax.lax.map(function, flat) if jax.default_backend() == "cpu" else jax.vmap(function)(flat)
-    return jax.tree.map(lambda leaf: leaf.reshape(*array.shape[:num_axes], *leaf.shape[1:]), results)
+    return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[1:]), results)
 
 
 def matmul(left: Array, right: Array) -> Array:
@@ -46,6 +48,17 @@ def matmul(left: Array, right: Array) -> Array:
 def qr(matrices: Array) -> tuple[Array, Array]:
     """Returns the reduced QR factorisation of ``[..., m, n]``."""
     return over_batch(jnp.linalg.qr, matrices, matrices.ndim - 2)
+
+
+def lu(columns: Array) -> tuple[Array, Array, Array]:
+    """Returns the factorisation columns[rows] = L U of one ``[m, n]``, m ≥ n, with partial pivoting.
+
+    Returns:
+      The rows in the order of their pivots, int32 ``[m]``; L ``[m, n]`` with ones on the diagonal; U ``[n, n]``.
+    """
+    packed, _, rows = jax.lax.linalg.lu(columns)
+    unit = jnp.tril(packed, -1) + jnp.eye(columns.shape[0], columns.shape[1], dtype=packed.dtype)
+    return rows.astype(jnp.int32), unit, jnp.triu(packed[: columns.shape[1]])
 
 
 def log_abs_det(matrices: Array) -> Array:

@@ -99,8 +99,7 @@ def leading_log_singular_values(
     Source: H. Rutishauser, Simultaneous iteration method for symmetric matrices, Numerische Mathematik 16, 1970;
     N. Halko, P.-G. Martinsson & J. A. Tropp, Finding structure with randomness, SIAM Review 53, 2011.
     """
-    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initialize_carry)))
-    count = validation.integer_between("k", k, 1, size)
+    count = validation.integer_between("k", k, 1, cell.state_size)
     validation.positive_number("tolerance", tolerance)
     validation.integer_at_least("max_passes", max_passes, 3)
     jacobians = jacobian_operator(cell, params, trajectory)

@@ -17,18 +17,10 @@ import numpy as np
 from rnnjax import validation
 from rnnjax.cells import Cell, CellParams
 from rnnjax.frames import block_growth, frame_growth, random_frame
-from rnnjax.jacobians import Jacobians, jacobian_operator
+from rnnjax.jacobians import jacobian_operator
+from rnnjax.operators import Jacobians
 from rnnjax.typing import Array, Carry, Key, Params
 from rnnjax.unroll import trajectory
-
-__all__ = [
-    "LyapunovResult",
-    "finite_time_exponents",
-    "frame_growth",
-    "kaplan_yorke_dimension",
-    "lyapunov_spectrum",
-    "random_frame",
-]
 
 _NUM_BATCH_MEANS = 20
 
@@ -129,7 +121,7 @@ def lyapunov_spectrum(
         carry, block_length = resume.carry, resume.block_length
     inputs = _driving(cell, params, inputs, carry, num_steps)
     cell.check(params, inputs, carry)
-    length, size = jax.tree.leaves(inputs)[0].shape[0], _state_size(cell)
+    length, size = jax.tree.leaves(inputs)[0].shape[0], cell.state_size
     if num_exponents is not None:
         validation.integer_between("num_exponents", num_exponents, 1, size)
     alone = validation.integer_between("num_state_transient", num_state_transient, 0, length - 1)
@@ -168,10 +160,6 @@ def _driving(cell: Cell, params: Params, inputs: Any, carry: Carry | None, num_s
     features = params.input_kernel.shape[0] if isinstance(params, CellParams) else 1
     dtype = params.input_kernel.dtype if isinstance(params, CellParams) else example.dtype
     return jnp.zeros((num_steps, *batch_shape, features), dtype)
-
-
-def _state_size(cell: Cell) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initialize_carry)))
 
 
 def _check_settled(carry: Any, num_exponents: Any, num_transient: Any, num_state_transient: Any, *others: Any) -> None:
@@ -244,7 +232,7 @@ def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | N
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from rnnjax.jacobians import DenseJacobians
+      >>> from rnnjax.operators import DenseJacobians
       >>> steps = DenseJacobians(jnp.stack([jnp.array([[2.0, 1.0], [1.0, 1.0]])] * 50))
       >>> [f"{exponent:.4f}" for exponent in finite_time_exponents(steps, 2)]  # ± log of the squared golden ratio
       ['0.9624', '-0.9624']

@@ -13,9 +13,10 @@ import numpy as np
 from rnnjax import validation
 from rnnjax.cells import AffineCell, CellParams
 from rnnjax.diagnosis import Regime, classify_regime
-from rnnjax.jacobians import StructuredJacobians, jacobian_operator
+from rnnjax.jacobians import jacobian_operator
 from rnnjax.lyapunov import finite_time_exponents
 from rnnjax.norms import spectral_norm_profile
+from rnnjax.operators import StructuredJacobians
 from rnnjax.typing import Array
 from rnnjax.unroll import trajectory
 

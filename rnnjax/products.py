@@ -215,6 +215,12 @@ def factor_product(matrices: Array | Jacobians, *, dtype: DType | None = None) -
         return _factor_product(jacobians, wide)
 
 
+def check_product(name: str, product: Any) -> None:
+    """Raises ValueError that names the argument unless ``product`` is a ``FactoredProduct``."""
+    if not isinstance(product, FactoredProduct):
+        raise ValueError(f"{name} must be a FactoredProduct, what factor_product returns; got {type(product).__name__}")
+
+
 def checked_jacobians(matrices: Array | Jacobians) -> Jacobians:
     """Returns matrices ``[T, ..., S, S]`` as Jacobians in float32 or float64; raises ValueError if that cannot be."""
     if not isinstance(matrices, Jacobians):
@@ -228,14 +234,18 @@ def checked_jacobians(matrices: Array | Jacobians) -> Jacobians:
     return matrices
 
 
+def factorization_dtype(asked: DType | None) -> DType | None:
+    """Returns the dtype asked for, or the default: float64, or None on TPU; raises ValueError for any other."""
+    if asked is None:
+        return None if jax.default_backend() == "tpu" else np.dtype(np.float64)
+    name = asked if isinstance(asked, str) else np.dtype(asked).name
+    return np.dtype(validation.one_of("dtype", name, ("float32", "float64")))
+
+
 @contextlib.contextmanager
 def factorization_precision(own: DType, asked: DType | None) -> Iterator[DType]:
     """Gives the dtype to factorise in, and switches float64 on for as long as the context lasts where that needs it."""
-    if asked is None:
-        asked = own if jax.default_backend() == "tpu" else jnp.float64
-    name = asked if isinstance(asked, str) else np.dtype(asked).name
-    wide = np.dtype(validation.one_of("dtype", name, ("float32", "float64")))
-    wide = np.promote_types(wide, own)
+    wide = np.promote_types(factorization_dtype(asked) or own, own)
     if wide == np.float64 and not validation.float64_enabled():
         with jax.enable_x64(True):
             yield wide

@@ -107,8 +107,7 @@ def spectral_profile(
     cell.check(params, inputs, carry)
     ordered = _checked_lags(lags, jax.tree.leaves(inputs)[0].shape[0])
     mask = state_block(cell, block)
-    with products.factorization_precision(jnp.float32, dtype):
-        pass  # A dtype that it refuses is refused before any work is done.
+    products.factorization_dtype(dtype)  # refused before any work is done
     jacobians = jacobian_operator(cell, params, trajectory(cell, params, inputs, carry))
     with products.factorization_precision(jacobians.dtype, dtype) as wide:
         return _profile(jacobians, ordered, mask, wide)
@@ -154,8 +153,7 @@ def spectral_grid(
     cell.check(params, inputs, carry)
     ordered = _checked_times(times, jax.tree.leaves(inputs)[0].shape[0])
     mask = state_block(cell, block)
-    with products.factorization_precision(jnp.float32, dtype):
-        pass
+    products.factorization_dtype(dtype)  # refused before any work is done
     jacobians = jacobian_operator(cell, params, trajectory(cell, params, inputs, carry))
     with products.factorization_precision(jacobians.dtype, dtype) as wide:
         return _grid(jacobians, ordered, mask, wide)

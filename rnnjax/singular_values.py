@@ -82,7 +82,7 @@ def singular_spectrum(product: FactoredProduct) -> SingularSpectrum:
       >>> bool(abs(spectrum.residual) < spectrum.error_estimate.sum())
       True
     """
-    _check_product(product)
+    products.check_product("product", product)
     with products.factorization_precision(product.log_scales.dtype, None) as wide:
         values, residual, sweeps = _all_values(product, wide)
     return SingularSpectrum(
@@ -113,33 +113,23 @@ def log_spectral_norm(product: FactoredProduct) -> Array:
       >>> print(f"{log_spectral_norm(rnnjax.factor_product(jnp.full((700, 1, 1), 0.5))):.3f}")  # 700 ln ½
       -485.203
     """
-    _check_product(product)
+    products.check_product("product", product)
     scales = product.log_scales + product.log_scales_remainder
     largest = scales.max(axis=-1)
     relative = jnp.exp(scales - jnp.where(jnp.isfinite(largest), largest, 0)[..., None])
     return largest + jnp.log(lapack.spectral_norm(relative[..., None] * product.right))
 
 
-def _check_product(product: FactoredProduct) -> None:
-    if not isinstance(product, FactoredProduct):
-        raise ValueError(
-            f"product must be a FactoredProduct, what factor_product returns; got {type(product).__name__}"
-        )
-
-
 @functools.partial(jax.jit, static_argnames="wide")
 def _all_values(product: FactoredProduct, wide: DType) -> tuple[Array, Array, Array]:
     """Returns log σ, the residual of their sum, taken before they are rounded, and the number of sweeps."""
-    own, batch_shape = product.log_scales.dtype, product.log_scales.shape[:-1]
-    fields = (product.log_scales, product.log_scales_remainder, product.right, product.log_abs_det)
-    leaves = tuple(leaf.reshape(-1, *leaf.shape[len(batch_shape) :]).astype(wide) for leaf in fields)
+    own, fields = product.log_scales.dtype, (product.log_scales, product.log_scales_remainder, product.right)
 
-    def single(index: Array) -> tuple[Array, Array, Array]:
-        *factors, log_abs_det = (leaf[index] for leaf in leaves)
+    def single(one: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array]:
+        *factors, log_abs_det = (leaf.astype(wide) for leaf in one)
         values, sweeps = log_singular_values_of_rows(*factors)
         both_lost = jnp.isneginf(values).any() & jnp.isneginf(log_abs_det)
         residual = jnp.where(both_lost, 0, values.sum() - jnp.where(both_lost, 0, log_abs_det))
         return values.astype(own), residual.astype(own), sweeps
 
-    values, residual, sweeps = lapack.over_batch(single, jnp.arange(len(leaves[0]), dtype=jnp.int32), 1)
-    return values.reshape(product.log_scales.shape), residual.reshape(batch_shape), sweeps.reshape(batch_shape)
+    return lapack.over_batch(single, (*fields, product.log_abs_det), product.log_abs_det.ndim)

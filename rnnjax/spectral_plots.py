@@ -17,24 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-drawing.AXES.update(
-    gains="G",
-    largest_exponents="Gn",
-    theory_largest_exponents="G",
-    spectrum_gains="Q",
-    exponents="QnU",
-    theory_exponents="QU",
-    gated_gains="G",
-    forget_biases="B",
-    critical_gains="B",
-    autonomous_exponents="GBn",
-    driven_exponents="GBn",
-    product_lengths="P",
-    log_singular_values="Pk",
-    exact_log_singular_values="Pk",
-    qr_sums="Pk",
-    product_exponents="k",
-)
 _THEORY: Style = {"color": "0.3", "linewidth": 1.2}
 _ZERO: Style = {"color": "0.6", "linewidth": 0.8, "zorder": 1}
 _EXPONENT: Style = {"color": "0.6", "linewidth": 1.0, "linestyle": "--", "zorder": 1}
@@ -279,17 +261,12 @@ def _draw_heat_map(axes: "Axes", run: Arrays, means: np.ndarray, norm: Any) -> A
     axes.set_facecolor("0.5")
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.yaxis.set_major_formatter(lambda power, _: f"{2**power:g}")
-    mesh = axes.pcolormesh(_borders(biases), _borders(gains), values, norm=norm, cmap="RdBu_r")
+    mesh = axes.pcolormesh(drawing.edges(biases), drawing.edges(gains), values, norm=norm, cmap="RdBu_r")
     if min(values.shape) > 1 and values.min() < 0 < values.max():
         axes.contour(biases, gains, values, levels=[0], colors="black", linewidths=1.6)
     # A line drawn later must not make room for itself where nothing was measured.
-    axes.set(xlim=_borders(biases)[[0, -1]], ylim=_borders(gains)[[0, -1]])
+    axes.set(xlim=drawing.edges(biases)[[0, -1]], ylim=drawing.edges(gains)[[0, -1]])
     return mesh
-
-
-def _borders(centers: np.ndarray) -> np.ndarray:
-    half = np.diff(centers) / 2 if len(centers) > 1 else np.array([0.5])
-    return np.concatenate([centers[:1] - half[:1], centers[:-1] + half[: len(centers) - 1], centers[-1:] + half[-1:]])
 
 
 def _add_color_bar(figure: "Figure", image: Any, grid: np.ndarray) -> None:

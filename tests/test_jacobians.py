@@ -11,7 +11,8 @@ import pytest
 import rnnjax
 from rnnjax import testing
 from rnnjax.activations import ACTIVATIONS
-from rnnjax.jacobians import DenseJacobians, jacobian_operator
+from rnnjax.jacobians import jacobian_operator
+from rnnjax.operators import DenseJacobians
 
 T, D, H = 4, 2, 5
 

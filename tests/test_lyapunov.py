@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import rnnjax
-from rnnjax import lyapunov, testing
-from rnnjax.jacobians import DenseJacobians
+from rnnjax import testing
+from rnnjax.frames import frame_growth, random_frame
 from rnnjax.lyapunov import finite_time_exponents, kaplan_yorke_dimension, lyapunov_spectrum
+from rnnjax.operators import DenseJacobians
 
 OPTIONS = ("num_steps", "num_exponents", "num_transient", "num_state_transient", "block_length")
 spectrum = jax.jit(lyapunov_spectrum, static_argnames=OPTIONS)
@@ -65,7 +66,7 @@ def test_shear_has_exponents_zero_although_its_singular_values_grow(a):
     key = jax.random.key(3)
     chain = constant_chain([[1, a], [0, 1]], jnp.float32)
     result = chain_spectrum(chain, num_transient=NUM_TRANSIENT, key=key)
-    first, second = np.asarray(lyapunov.random_frame(key, DenseJacobians(chain), 2), np.float64)[:, 0]
+    first, second = np.asarray(random_frame(key, DenseJacobians(chain), 2), np.float64)[:, 0]
     lengths = [math.hypot(first + a * t * second, second) for t in (NUM_TRANSIENT, NUM_STEPS)]  # ‖Aᵗq‖
     growth = math.log(lengths[1] / lengths[0]) / (NUM_STEPS - NUM_TRANSIENT)
     np.testing.assert_allclose(result.exponents, [growth, -growth], atol=1e-5)
@@ -272,7 +273,7 @@ def test_blocks_are_those_of_a_qr_at_every_step(count):
         )
         path = rnnjax.trajectory(cell, params, jnp.zeros((210, 1)), state)
         steps = DenseJacobians(rnnjax.step_jacobians(cell, params, path))
-        frame = np.asarray(lyapunov.random_frame(jax.random.key(0), steps, count))
+        frame = np.asarray(random_frame(jax.random.key(0), steps, count))
         result, steps = jax.tree.map(np.asarray, (result, steps))
     logs = qr_at_every_step(steps.matrices, frame)[30:]
     expected = np.array([logs[a : a + 50].sum(axis=0) for a in range(0, 180, 50)])
@@ -289,7 +290,7 @@ def test_steps_of_any_condition_keep_their_digits(dtype):
     turns = np.linalg.qr(rng.normal(size=(2, 60, 3, 3)))[0]
     chain = turns[0] * np.array([1e3, 1.0, 1e-3]) @ turns[1]
     chain = np.asarray(chain, dtype)
-    frame = np.asarray(lyapunov.random_frame(jax.random.key(0), DenseJacobians(jnp.asarray(chain)), 3), np.float64)
+    frame = np.asarray(random_frame(jax.random.key(0), DenseJacobians(jnp.asarray(chain)), 3), np.float64)
     expected = qr_at_every_step(chain.astype(np.float64), frame).mean(axis=0)
     result = chain_spectrum(jnp.asarray(chain), block_length=60)
     np.testing.assert_allclose(result.exponents, expected, atol={"float32": 2e-2, "float64": 1e-10}[dtype.name])
@@ -310,7 +311,7 @@ def test_rank_lost_inside_a_block_leaves_the_others_unharmed():
     with jax.enable_x64(True):
         result = jax.tree.map(np.asarray, chain_spectrum(jnp.asarray(chain), block_length=45))
         steps = DenseJacobians(jnp.asarray(chain))
-        frame = np.asarray(lyapunov.random_frame(jax.random.key(0), steps, 4))[0]
+        frame = np.asarray(random_frame(jax.random.key(0), steps, 4))[0]
     for sequence, rank in ((0, 4), (1, 2)):
         logs = qr_at_every_step(chain[:, sequence], frame).mean(axis=0)
         np.testing.assert_allclose(result.exponents[sequence, :rank], -np.sort(-logs[:rank]), atol=1e-10)
@@ -529,9 +530,9 @@ def test_finite_time_exponents_of_an_affine_cell_need_no_matrices(tanh_network):
 def test_frames_are_orthonormal_and_grow_backward_by_the_transposed_steps():
     chain = np.random.default_rng(8).normal(size=(6, 2, 3, 3))
     jacobians = DenseJacobians(jnp.asarray(chain, jnp.float32))
-    start = lyapunov.random_frame(jax.random.key(1), jacobians, 2)
+    start = random_frame(jax.random.key(1), jacobians, 2)
     np.testing.assert_allclose(np.swapaxes(start, 1, 2) @ start, np.broadcast_to(np.eye(2), (2, 2, 2)), atol=1e-6)
-    _, growth = lyapunov.frame_growth(jacobians, start, backward=True)
+    _, growth = frame_growth(jacobians, start, backward=True)
     frames = np.asarray(start, np.float64)
     for t in reversed(range(6)):
         frames, triangles = np.linalg.qr(np.swapaxes(chain[t], 1, 2) @ frames)

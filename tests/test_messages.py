@@ -8,8 +8,9 @@ from flax import nnx
 
 import rnnjax
 from rnnjax import validation
-from rnnjax.jacobians import LinearizedJacobians, jacobian_operator
+from rnnjax.jacobians import jacobian_operator
 from rnnjax.models import RecurrentLayer, RecurrentNetwork
+from rnnjax.operators import LinearizedJacobians
 
 D, H, T, B = 2, 3, 5, 2
 GRU, LSTM = rnnjax.GRUCell(H), rnnjax.LSTMCell(H)

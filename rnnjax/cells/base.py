@@ -42,6 +42,11 @@ class Cell(abc.ABC):
     def initialize_carry(self, batch_shape: tuple[int, ...] = (), dtype: DType = jnp.float32) -> Carry:
         """Returns the carry before the first step, leaves ``[*batch_shape, ...]``."""
 
+    @property
+    def state_size(self) -> int:
+        """S, how many numbers the carry of one sequence holds."""
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.initialize_carry)))
+
     @abc.abstractmethod
     def check(self, params: Params, inputs: Any, carry: Carry | None = None) -> None:
         """Raises ValueError if shapes or dtypes of ``params``, time-major ``inputs`` and ``carry`` do not fit."""
