@@ -1,15 +1,18 @@
 """rnnjax: recurrent networks in JAX, and the exact answer to why their gradients vanish or explode."""
 
 from rnnjax import activations, initializers, mean_field
-from rnnjax.cells import AffineCell, Cell, CellParams, GRUCell, LeakyCell, LSTMCell, StepCell, VanillaCell
+from rnnjax.alignment import GradientAlignment, gradient_alignment
+from rnnjax.cells import AffineCell, Cell, CellParams, GRUCell, LeakyCell, LSTMCell, SkipCell, StepCell, VanillaCell
 from rnnjax.clipping import ClippedState, clipped, clipping_state
 from rnnjax.composition import factor_product_over_mesh, multiply_products
 from rnnjax.covariant import CovariantVectors, covariant_vectors
+from rnnjax.gradient_flow import GradientFlow, gradient_flow
 from rnnjax.jacobians import autodiff_step_jacobians, step_jacobians, structured_jacobians
 from rnnjax.leading import LeadingSingularValues, leading_log_singular_values
 from rnnjax.lyapunov import LyapunovResult, kaplan_yorke_dimension, lyapunov_spectrum
 from rnnjax.norms import spectral_norm_profile
 from rnnjax.operators import StructuredJacobians
+from rnnjax.penalties import GradientFlossing, VanishingGradientPenalty
 from rnnjax.products import FactoredProduct, factor_product
 from rnnjax.profiles import SpectralGrid, SpectralProfile, spectral_grid, spectral_profile
 from rnnjax.singular_values import SingularSpectrum, log_singular_values, log_spectral_norm, singular_spectrum
@@ -25,17 +28,22 @@ __all__ = [
     "CovariantVectors",
     "FactoredProduct",
     "GRUCell",
+    "GradientAlignment",
+    "GradientFlossing",
+    "GradientFlow",
     "LSTMCell",
     "LeadingSingularValues",
     "LeakyCell",
     "LyapunovResult",
     "SingularSpectrum",
+    "SkipCell",
     "SpectralGrid",
     "SpectralProfile",
     "StepCell",
     "StructuredJacobians",
     "Trajectory",
     "VanillaCell",
+    "VanishingGradientPenalty",
     "activations",
     "autodiff_step_jacobians",
     "clipped",
@@ -43,6 +51,8 @@ __all__ = [
     "covariant_vectors",
     "factor_product",
     "factor_product_over_mesh",
+    "gradient_alignment",
+    "gradient_flow",
     "initializers",
     "kaplan_yorke_dimension",
     "leading_log_singular_values",

@@ -1,10 +1,12 @@
 """Gradient clipping for any Optax optimiser, with a guard against non-finite gradients and telemetry in the state.
 
-A step tests the raw gradient g for finiteness, clips it by value, then by global norm, then calls the optimiser:
+A step tests the raw gradient g for finiteness, clips it by value, then each unit's part of it against the unit's
+weights, then by global norm, then calls the optimiser:
 
-    g₁ = min(max(g, −max_value), max_value)          g₂ = g₁ · min(1, max_norm / ‖g₁‖₂)
+    g₁ = min(max(g, −max_value), max_value)     g₂ = g₁ · min(1, max_ratio · ‖θ_unit‖₂ / ‖g₁,unit‖₂)
+    g₃ = g₂ · min(1, max_norm / ‖g₂‖₂)
 
-Value comes before norm, so that the gradient handed on has norm at most ``max_norm``. Norms are those of the whole
+The global norm comes last, so that the gradient handed on has norm at most ``max_norm``. Norms are those of the whole
 tree, ‖g‖₂ = s · √Σ(g/s)² with s of the size of max|g|, so that no square overflows or underflows.
 """
 
@@ -44,9 +46,13 @@ class ClippedState(NamedTuple):
 
 
 def clipped(
-    optimizer: optax.GradientTransformation, *, max_norm: float | None = None, max_value: float | None = None
+    optimizer: optax.GradientTransformation,
+    *,
+    max_norm: float | None = None,
+    max_value: float | None = None,
+    max_ratio: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns ``optimizer`` behind a non-finite guard and gradient clipping, by value first, then by global norm.
+    """Returns ``optimizer`` behind a non-finite guard and gradient clipping: by value, adaptive, then by global norm.
 
     A gradient with a NaN or an infinity is skipped: the update is exactly zero, the optimiser's state stays as it was,
     and the step is counted. With neither bound given, the guard and the telemetry remain. Integer and boolean leaves
@@ -59,6 +65,9 @@ def clipped(
       optimizer: any Optax transformation; extra arguments of ``update`` are passed on to it.
       max_norm: largest allowed global norm, positive; None for no bound.
       max_value: largest allowed absolute value of a component, positive; None for no bound.
+      max_ratio: largest allowed ratio of the norm of a unit's gradient to the norm of its weights, positive; None for
+        no bound. This is ``optax.adaptive_grad_clip``, which counts weights shorter than 1e-3 as that long; ``update``
+        must then be given ``params``.
 
     Returns:
       An Optax transformation whose state is a `ClippedState`; `clipping_state` finds it in larger states.
@@ -73,12 +82,15 @@ def clipped(
       >>> print(updates, state.norm_before, state.norm_after)
       [-0.6 -0.8] 5.0 1.0
 
-    Source: Pascanu, Mikolov, Bengio (2013), On the difficulty of training recurrent neural networks, Algorithm 1.
+    Source: Pascanu, Mikolov, Bengio (2013), On the difficulty of training recurrent neural networks, Algorithm 1; for
+    ``max_ratio`` A. Brock et al., High-performance large-scale image recognition without normalization, 2021, eq. 3.
     """
     if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
         raise ValueError(f"optimizer must be an Optax transformation (init and update), got {optimizer!r}")
     norm_bound = None if max_norm is None else validation.positive_number("max_norm", max_norm)
     value_bound = None if max_value is None else validation.positive_number("max_value", max_value)
+    ratio_bound = None if max_ratio is None else validation.positive_number("max_ratio", max_ratio)
+    adaptive = None if ratio_bound is None else optax.adaptive_grad_clip(ratio_bound)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> ClippedState:
@@ -98,7 +110,7 @@ def clipped(
         # Zeros stand in for a non-finite gradient, so that no arithmetic below ever meets it.
         gradient = _select(finite, updates, _zeros_like(updates))
         norm_before = _global_norm(gradient)
-        gradient, was_clipped = _clip(gradient, norm_bound, value_bound)
+        gradient, was_clipped = _clip(gradient, params, value_bound, adaptive, norm_bound)
         inner_updates, inner_state = inner.update(gradient, state.inner_state, params, **extra_args)
         return _select(finite, inner_updates, _zeros_like(inner_updates)), ClippedState(
             inner_state=_select(finite, inner_state, state.inner_state),
@@ -136,17 +148,41 @@ def clipping_state(opt_state: Any) -> ClippedState:
     return found[0]
 
 
-def _clip(gradient: optax.Updates, max_norm: float | None, max_value: float | None) -> tuple[optax.Updates, Array]:
+def _clip(
+    gradient: optax.Updates,
+    params: optax.Params | None,
+    max_value: float | None,
+    adaptive: optax.GradientTransformation | None,
+    max_norm: float | None,
+) -> tuple[optax.Updates, Array]:
     """Returns the clipped gradient and whether it differs from ``gradient``."""
-    was_clipped = jnp.zeros((), bool)
+    was_clipped, unclipped = jnp.zeros((), bool), gradient
     if max_value is not None:
-        unclipped, gradient = gradient, _clip_by_value(gradient, max_value)
-        for x, y in zip(_floating_leaves(unclipped), _floating_leaves(gradient), strict=True):
-            was_clipped |= jnp.any(x != y)
+        gradient = _clip_by_value(gradient, max_value)
+    if adaptive is not None:
+        gradient = _clip_adaptively(gradient, params, adaptive)
+    for x, y in zip(_floating_leaves(unclipped), _floating_leaves(gradient), strict=True):
+        was_clipped |= jnp.any(x != y)
     if max_norm is not None:
         gradient, exceeded = _clip_by_global_norm(gradient, max_norm)
         was_clipped |= exceeded
     return gradient, was_clipped
+
+
+def _clip_adaptively(
+    gradient: optax.Updates, params: optax.Params | None, adaptive: optax.GradientTransformation
+) -> optax.Updates:
+    if params is None:
+        raise ValueError("params must be given to update where max_ratio is set: it bounds a gradient by its weights")
+    # In leaves, since Optax reads a tree's own containers by their names.
+    leaves, structure = jax.tree.flatten(gradient)
+    floating = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)]
+    weights = jax.tree.leaves(params)
+    own = [weights[index] for index in floating]
+    clipped_leaves, _ = adaptive.update([leaves[index] for index in floating], adaptive.init(own), own)
+    for index, leaf in zip(floating, clipped_leaves, strict=True):
+        leaves[index] = leaf.astype(leaves[index].dtype)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _clip_by_value(tree: Any, max_value: float) -> Any:

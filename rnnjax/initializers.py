@@ -146,6 +146,61 @@ class Gaussian(_Scaled):
         return jnp.sqrt(1 / shape[0]).astype(dtype) * jax.random.normal(key, shape, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chrono:
+    """Initial bias of the gate that keeps the state, for memories of 2 to ``longest`` steps, one for each unit:
+
+        b = ln u,    u ~ Uniform(1, longest − 1)
+
+    A gate that stands at sigmoid(b) forgets within about 1 + e^b = 1 + u steps. The input gate of an LSTM starts at −b.
+
+    Args:
+      longest: the longest memory to start with, in steps, above 2.
+
+    Raises:
+      ValueError: a ``longest`` that is not a finite number above 2.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> bias = Chrono(100)(jax.random.key(0), (1000,))
+      >>> bool(bias.min() >= 0), bool(bias.max() <= jnp.log(99)), f"{jnp.exp(bias).mean():.0f}"
+      (True, True, '50')
+
+    Source: C. Tallec & Y. Ollivier, Can recurrent neural networks warp time?, ICLR 2018, equation 16.
+    """
+
+    longest: float
+
+    def __post_init__(self) -> None:
+        if not validation.positive_number("longest", self.longest) > 2:
+            raise ValueError(f"longest must be a number above 2, got {self.longest!r}")
+
+    def __call__(self, key: Key, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
+        """Draws biases of that shape."""
+        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+        return jnp.log(jax.random.uniform(key, shape, wide, 1.0, self.longest - 1)).astype(dtype)
+
+
+def keep_bias(bias: float | Chrono, key: Key, hidden_size: int, dtype: DType) -> Array:
+    """Returns the initial bias ``[H]`` of a gate that keeps the state: one number for all units, or drawn for each.
+
+    Args:
+      bias: the number, or ``Chrono``.
+      key: random key.
+      hidden_size: H.
+      dtype: floating dtype of the result.
+
+    Returns:
+      ``[H]``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> print(keep_bias(1.0, jax.random.key(0), 3, jnp.float32))
+      [1. 1. 1.]
+    """
+    return bias(key, (hidden_size,), dtype) if isinstance(bias, Chrono) else jnp.full((hidden_size,), bias, dtype)
+
+
 INITIALIZERS: dict[str, Callable[[float], Initializer]] = {
     "orthogonal": Orthogonal,
     "identity": Identity,

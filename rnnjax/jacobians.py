@@ -8,8 +8,9 @@ r_t = h_{t−1} U, so that with the derivatives of one unit, P_t = ∂s'/∂s an
 for all steps at once, outside the scan. ``jax.jacrev`` of the pointwise function gives both.
 """
 
-from typing import Any
+from typing import Any, cast
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -73,8 +74,31 @@ def linearized_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> 
        [0.5]]
     """
     before = jax.tree.map(lambda leaf: leaf[:-1], trajectory.carries)
-    num_axes = 1 + len(cell.batch_shape(trajectory.inputs))
-    return LinearizedJacobians(cell, params, before, trajectory.inputs, num_axes, validation.float64_enabled())
+    batch_shape = cell.batch_shape(trajectory.inputs)
+    stepped, inputs = cell, trajectory.inputs
+    if trajectory.active is not None or trajectory.resets is not None:
+        shape = (jax.tree.leaves(before)[0].shape[0], *batch_shape)
+        active = jnp.ones(shape, bool) if trajectory.active is None else trajectory.active
+        resets = jnp.zeros(shape, bool) if trajectory.resets is None else trajectory.resets
+        stepped, inputs = cast(Cell, _Controlled(cell)), (inputs, active, resets)
+    return LinearizedJacobians(stepped, params, before, inputs, 1 + len(batch_shape), validation.float64_enabled())
+
+
+@flax.struct.dataclass
+class _Controlled:
+    """A cell whose inputs say too whether a step counts, and whether it starts from the initial carry."""
+
+    cell: Any
+
+    def initialize_carry(self) -> Carry:
+        return self.cell.initialize_carry()
+
+    def apply(self, params: Params, carry: Carry, inputs: tuple[Any, Array, Array]) -> tuple[Carry, Any]:
+        own, active, reset = inputs
+        initial = jax.tree.map(lambda new, old: new.astype(old.dtype), self.cell.initialize_carry(), carry)
+        start = jax.tree.map(lambda new, old: jnp.where(reset, new, old), initial, carry)
+        after, output = self.cell.apply(params, start, own)
+        return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, carry), output
 
 
 def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Trajectory) -> StructuredJacobians:
@@ -97,11 +121,27 @@ def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Traje
       ((7, 2, 2, 4), (7, 2, 4, 4))
     """
     with jax.default_matmul_precision("highest"):
-        before = jax.tree.map(lambda leaf: leaf[:-1], trajectory.carries)
+        before = trajectory.starts(cell)
         from_inputs = split_gates(cell.prepare_inputs(params, trajectory.inputs))
         recurrent = split_gates(cell.recurrent_preactivation(params, cell.hidden(before)))
-    by_carry, by_gate = _unit_derivatives(cell, before, from_inputs, recurrent)
+    by_carry, by_gate = _controlled(trajectory, *_unit_derivatives(cell, before, from_inputs, recurrent))
     return StructuredJacobians(by_carry, by_gate, params.recurrent_kernel)
+
+
+def _controlled(trajectory: Trajectory, by_carry: Array, by_gate: Array) -> tuple[Array, Array]:
+    """Returns the factors of P = 0, D = 0 at resets, and of P = I, D = 0 where a carry stands still."""
+
+    def where(condition: Array, on_true: Array, on_false: Array) -> Array:
+        return jnp.where(condition[..., None, None, None], on_true, on_false)
+
+    if trajectory.resets is not None:
+        by_carry, by_gate = (where(trajectory.resets, jnp.zeros_like(d), d) for d in (by_carry, by_gate))
+    if trajectory.active is not None:
+        same = jnp.broadcast_to(jnp.eye(by_carry.shape[-3], dtype=by_carry.dtype)[..., None], by_carry.shape[-3:])
+        same = jnp.broadcast_to(same.reshape((1,) * (by_carry.ndim - 3) + same.shape), by_carry.shape)
+        by_carry = where(trajectory.active, by_carry, same)
+        by_gate = where(trajectory.active, by_gate, jnp.zeros_like(by_gate))
+    return by_carry, by_gate
 
 
 def step_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> Array:

@@ -128,7 +128,7 @@ class RecurrentNetwork(nnx.Module):
         inputs: Array,
         *,
         lengths: Array | None = None,
-        perturbations: Sequence[Array] | None = None,
+        perturbations: Sequence[Any] | None = None,
         reverse: bool = False,
         **options: Any,
     ) -> Array:
@@ -137,9 +137,9 @@ class RecurrentNetwork(nnx.Module):
         Args:
           inputs: features ``[T, B, D]`` or tokens ``[T, B]``.
           lengths: ``[B]``, as for ``unroll``; the last step of a sequence is that before its length.
-          perturbations: one ``[T, B, H]`` for each layer, as for ``unroll``.
+          perturbations: one ``[T, B, H]``, or one carry of such arrays, for each layer, as for ``unroll``.
           reverse: as for ``unroll``, in every layer; the step processed last is then step 0.
-          **options: ``resets`` and ``truncation``, passed on to ``unroll``.
+          **options: ``resets``, ``truncation`` and ``max_carry_gradient``, passed on to ``unroll``.
 
         Returns:
           ``[B, O]`` or ``[T, B, O]``.
@@ -195,9 +195,13 @@ def _at_last_step(features: Array, lengths: Array | None) -> Array:
 
 def zero_perturbations(network: RecurrentNetwork, inputs: Array) -> list[Array]:
     """Returns the zeros to differentiate by for the hidden gradients, one ``[T, B, H]`` a layer."""
-    shapes = [(*inputs.shape[:2], layer.cell.hidden_size) for layer in network.layers]
-    dtypes = [layer.recurrent_kernel[...].dtype for layer in network.layers]
-    return [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return [jax.tree.leaves(carry)[0] for carry in zero_carry_perturbations(network, inputs)]
+
+
+def zero_carry_perturbations(network: RecurrentNetwork, inputs: Array) -> list[Carry]:
+    """Returns the zeros to differentiate by for ∂L/∂s_t, a carry with leaves ``[T, B, H]`` for each layer."""
+    layers = [(layer.cell, layer.recurrent_kernel[...].dtype) for layer in network.layers]
+    return [cell.initialize_carry(inputs.shape[:2], dtype) for cell, dtype in layers]
 
 
 @functools.partial(jax.jit, static_argnames="graph")

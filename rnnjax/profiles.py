@@ -105,7 +105,7 @@ def spectral_profile(
        [-5.545 -5.545 -5.545]]
     """
     cell.check(params, inputs, carry)
-    ordered = _checked_lags(lags, jax.tree.leaves(inputs)[0].shape[0])
+    ordered = checked_lags(lags, jax.tree.leaves(inputs)[0].shape[0])
     mask = state_block(cell, block)
     products.factorization_dtype(dtype)  # refused before any work is done
     jacobians = jacobian_operator(cell, params, trajectory(cell, params, inputs, carry))
@@ -185,7 +185,8 @@ def state_block(cell: Cell, block: str | None) -> Array:
     return jnp.array(np.concatenate([np.full(size, block in (None, name)) for name, size in sizes.items()]))
 
 
-def _checked_lags(lags: Any, num_steps: int) -> Array:
+def checked_lags(lags: Any, num_steps: int) -> Array:
+    """Returns lags in [1, T] in ascending order, all of them for None; raises ValueError for any other."""
     if lags is None:
         return jnp.arange(1, num_steps + 1, dtype=jnp.int32)
     lags = _as_sequence("lags", lags)

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from rnnjax import validation
+from rnnjax.backpropagation import BackpropagationSettings, locate_non_finite, loss_and_gradient
 from rnnjax.clipping import clipping_state
 from rnnjax.metrics import MetricsWriter
 from rnnjax.models import RecurrentNetwork, layer_views, zero_perturbations
@@ -47,7 +48,7 @@ class FitSettings:
       steps: training steps.
       batch_size: sequences a step.
       evaluate_every: training steps between evaluations on held-out data; the last step is always followed by one.
-      truncation: window of truncated backpropagation through time, in steps; None for full length.
+      backpropagation: how the gradient is taken.
       seed: seed of the data.
 
     Raises:
@@ -57,14 +58,12 @@ class FitSettings:
     steps: int
     batch_size: int = 64
     evaluate_every: int = 100
-    truncation: int | None = None
+    backpropagation: BackpropagationSettings = dataclasses.field(default_factory=BackpropagationSettings)
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "evaluate_every"):
             validation.positive_integer(name, getattr(self, name))
-        if self.truncation is not None:
-            validation.positive_integer("truncation", self.truncation)
         validation.non_negative_integer("seed", self.seed)
 
 
@@ -126,12 +125,12 @@ def create_state(network: RecurrentNetwork, optimizer: optax.GradientTransformat
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "task", "optimizer", "truncation"))
+@functools.partial(jax.jit, static_argnames=("graph", "task", "optimizer", "settings"))
 def train_step(
     graph: nnx.GraphDef,
     task: Task,
     optimizer: optax.GradientTransformationExtraArgs,
-    truncation: int | None,
+    settings: BackpropagationSettings,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -141,28 +140,23 @@ def train_step(
       graph: structure of the network, from ``nnx.split``.
       task: gives loss and accuracy.
       optimizer: from ``clipped``.
-      truncation: window of truncated backpropagation through time, or None.
+      settings: how the gradient is taken.
       state: the state before the step.
       batch: the batch.
 
     Returns:
       The state after the step, and its metrics as scalars.
     """
-
-    def loss_fn(params: nnx.State) -> tuple[Array, Array]:
-        outputs = nnx.merge(graph, params)(batch.inputs, truncation=truncation)
-        return task.loss(outputs, batch), task.accuracy(outputs, batch)
-
-    (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return _updated(state, optimizer, gradient, loss, accuracy)
+    scores, gradient, _ = loss_and_gradient(graph, task, settings, state.params, batch)
+    return _updated(state, optimizer, gradient, scores)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "task", "optimizer", "truncation"))
+@functools.partial(jax.jit, static_argnames=("graph", "task", "optimizer", "settings"))
 def monitored_train_step(
     graph: nnx.GraphDef,
     task: Task,
     optimizer: optax.GradientTransformationExtraArgs,
-    truncation: int | None,
+    settings: BackpropagationSettings,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Array], Array]:
@@ -172,40 +166,32 @@ def monitored_train_step(
       graph: structure of the network, from ``nnx.split``.
       task: gives loss and accuracy.
       optimizer: from ``clipped``.
-      truncation: window of truncated backpropagation through time, or None.
+      settings: how the gradient is taken.
       state: the state before the step.
       batch: the batch.
 
     Returns:
       The state after the step, its metrics, and ‖∂L/∂h_t‖ over the batch for every layer and step, ``[L, T]``.
     """
-
-    def loss_fn(params: nnx.State, perturbations: list[Array]) -> tuple[Array, Array]:
-        outputs = nnx.merge(graph, params)(batch.inputs, truncation=truncation, perturbations=perturbations)
-        return task.loss(outputs, batch), task.accuracy(outputs, batch)
-
     zeros = zero_perturbations(nnx.merge(graph, state.params), batch.inputs)
-    value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    (loss, accuracy), (gradient, hidden_gradients) = value_and_grad(state.params, zeros)
-    norms = jnp.stack([_norm_of_each_step(hidden) for hidden in hidden_gradients])
-    return *_updated(state, optimizer, gradient, loss, accuracy), norms
+    scores, gradient, hidden = loss_and_gradient(graph, task, settings, state.params, batch, zeros)
+    norms = jnp.stack([_norm_of_each_step(jax.tree.leaves(layer)[0]) for layer in hidden])
+    return *_updated(state, optimizer, gradient, scores), norms
 
 
 def _updated(
     state: TrainState,
     optimizer: optax.GradientTransformationExtraArgs,
     gradient: nnx.State,
-    loss: Array,
-    accuracy: Array,
+    scores: dict[str, Array],
 ) -> tuple[TrainState, dict[str, Array]]:
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     clipping = clipping_state(opt_state)
-    metrics = {
-        "loss": loss,
-        "accuracy": accuracy,
+    metrics = scores | {
         "gradient_norm": clipping.norm_before,
         "gradient_norm_clipped": clipping.norm_after,
         "clipped": clipping.was_clipped,
+        "skipped": clipping.was_skipped,
         "nonfinite_steps": clipping.num_nonfinite,
     }
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
@@ -306,19 +292,27 @@ def _one_step(
     """Takes step number ``step``, measured if it is due, enters it in ``result``, and returns its metrics."""
     began = time.perf_counter()
     batch = task.batch(settings.seed, step, settings.batch_size)
-    arguments = (graph, task, optimizer, settings.truncation, result.state, batch)
+    arguments = (graph, task, optimizer, settings.backpropagation, result.state, batch)
     if monitor is None or not monitor.is_due(step, settings.steps):
         result.state, scalars = train_step(*arguments)
-        row = _as_numbers(scalars)
+        row = _with_origin(_as_numbers(scalars), arguments)
         result.timing.plain.append(time.perf_counter() - began)
         return row
     layers = layer_views(graph, result.state.params, batch.inputs[:, : monitor.num_sequences])
     result.state, scalars, hidden_gradient_norms = monitored_train_step(*arguments)
     reading = monitor.measure(layers, hidden_gradient_norms)
-    row = _as_numbers(scalars) | reading.summary()
+    row = _with_origin(_as_numbers(scalars), arguments) | reading.summary()
     result.timing.monitored.append(time.perf_counter() - began)
     result.measured.append((step, reading))
     return row
+
+
+def _with_origin(row: dict[str, Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Adds where the first non-finite value arose to the metrics of a step that was skipped."""
+    if not row["skipped"]:
+        return row
+    graph, task, _, settings, before, batch = arguments
+    return row | locate_non_finite(graph, task, settings, before.params, batch)
 
 
 def _evaluation(graph: nnx.GraphDef, task: Task, held_out: Batch, result: FitResult, step: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell
+from rnnjax.cotangents import clip_cotangent
 from rnnjax.typing import Array, Carry, Params
 
 
@@ -18,10 +19,22 @@ class Trajectory:
     Attributes:
       carries: pytree of ``[T+1, ..., H]``; entry 0 is the carry before the first step.
       inputs: ``[T, ..., D]``.
+      active: bool ``[T, ...]``; where false, the carry stands still. None where every step counts.
+      resets: bool ``[T, ...]``; where true, a step starts from the initial carry, not from the last one. None for none.
     """
 
     carries: Carry
     inputs: Any
+    active: Array | None = None
+    resets: Array | None = None
+
+    def starts(self, cell: Cell) -> Carry:
+        """Returns the carries that the steps start from, leaves ``[T, ..., H]``."""
+        before = jax.tree.map(lambda leaf: leaf[:-1], self.carries)
+        if self.resets is None:
+            return before
+        initial = cell.initialize_carry(self.resets.shape, jax.tree.leaves(before)[0].dtype)
+        return _where(self.resets, jax.tree.map(lambda new, old: new.astype(old.dtype), initial, before), before)
 
 
 @flax.struct.dataclass
@@ -63,7 +76,8 @@ def unroll(
     resets: Array | None = None,
     truncation: int | None = None,
     reverse: bool = False,
-    perturbations: Array | None = None,
+    perturbations: Any = None,
+    max_carry_gradient: float | None = None,
 ) -> tuple[Carry, Any]:
     """Runs a cell over a sequence.
 
@@ -84,15 +98,20 @@ def unroll(
         states are unchanged.
       reverse: process the steps from last to first; output t still belongs to input t. A sequence shorter than T starts
         at its own last step.
-      perturbations: ``[T, ..., H]``, added to each new hidden state. Zeros leave everything as it is, and the gradient
-        with respect to them is the hidden gradient ∂L/∂h_t, from the same backward pass. Affine cells only.
+      perturbations: ``[T, ..., H]``, added to each new hidden state, or a pytree like the carry with leaves
+        ``[T, ..., H]``, added to each new carry. Zeros leave everything as it is, and the gradient with respect to them
+        is the hidden gradient ∂L/∂h_t, or ∂L/∂s_t, from the same backward pass. The output of an affine cell is its
+        perturbed hidden state; a ``StepCell`` has its carry perturbed alone, after its output.
+      max_carry_gradient: clipping inside backpropagation through time: the largest norm of the gradient ∂L/∂s_t that
+        the steps after t may hand back to step t, for each sequence on its own; None for no bound. What a loss sends
+        into the output of step t itself is not clipped. Reverse mode only.
 
     Returns:
       The carry after the last processed step, and the outputs ``[T, ..., H]``.
 
     Raises:
       ValueError: shapes that do not fit the cell, T = 0, lengths out of range, a truncation below 1, non-finite inputs,
-        weights or carry.
+        weights or carry, a ``max_carry_gradient`` that is not a positive finite number.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -103,23 +122,29 @@ def unroll(
       ((7, 3, 4), True, True)
     """
     cell.check(params, inputs, carry)
-    num_steps, batch_shape = jax.tree.leaves(inputs)[0].shape[0], cell.batch_shape(inputs)
-    if lengths is not None:
-        lengths = jnp.asarray(lengths)
-        validation.lengths("lengths", lengths, batch_shape, num_steps)
-        inputs = _without_padding(inputs, lengths)
-    if resets is not None:
-        validation.shape("resets", resets, (num_steps, *batch_shape))
+    lengths, resets, inputs = _checked_controls(cell, inputs, lengths, resets)
     if truncation is not None:
         validation.positive_integer("truncation", truncation)
     if perturbations is not None:
-        _check_perturbations(cell, perturbations, (num_steps, *batch_shape))
+        leading = (jax.tree.leaves(inputs)[0].shape[0], *cell.batch_shape(inputs))
+        _check_perturbations(cell, perturbations, leading)
+    if max_carry_gradient is not None:
+        max_carry_gradient = validation.positive_number("max_carry_gradient", max_carry_gradient)
     for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
         validation.finite(name, value)
-    return _unroll(cell, params, inputs, carry, lengths, resets, perturbations, truncation=truncation, reverse=reverse)
+    arrays = (params, inputs, carry, lengths, resets, perturbations)
+    return _unroll(cell, *arrays, truncation=truncation, reverse=reverse, max_carry_gradient=max_carry_gradient)
 
 
-def trajectory(cell: Cell, params: Params, inputs: Any, carry: Carry | None = None) -> Trajectory:
+def trajectory(
+    cell: Cell,
+    params: Params,
+    inputs: Any,
+    carry: Carry | None = None,
+    *,
+    lengths: Array | None = None,
+    resets: Array | None = None,
+) -> Trajectory:
     """Runs a cell over a sequence and keeps every carry, at the highest matmul precision.
 
     Args:
@@ -127,13 +152,15 @@ def trajectory(cell: Cell, params: Params, inputs: Any, carry: Carry | None = No
       params: its weights.
       inputs: ``[T, ..., D]``, time-major.
       carry: the carry before the first step; ``cell.initialize_carry`` by default.
+      lengths: as for ``unroll``: from its length on a sequence's carry stands still, and ∂s_t/∂s_{t−1} is the identity.
+      resets: as for ``unroll``: where true, a step does not depend on the carry before it, and ∂s_t/∂s_{t−1} is zero.
 
     Returns:
       The ``Trajectory``, with T + 1 carries.
 
     Raises:
-      ValueError: shapes that do not fit the cell, T = 0, non-finite inputs, weights or carry; a state that becomes
-        non-finite, with the step of the inputs, counted from 0, at which it does.
+      ValueError: shapes that do not fit the cell, T = 0, lengths out of range, non-finite inputs, weights or carry; a
+        state that becomes non-finite, with the step of the inputs, counted from 0, at which it does.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -144,25 +171,32 @@ def trajectory(cell: Cell, params: Params, inputs: Any, carry: Carry | None = No
       (8, 3, 4)
     """
     cell.check(params, inputs, carry)
+    lengths, resets, inputs = _checked_controls(cell, inputs, lengths, resets)
     for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
         validation.finite(name, value)
-    carries = _carries(cell, params, inputs, carry)
+    carries, controls = _carries(cell, params, inputs, carry, lengths, resets)
     # Without the carry before the first step, so that the index is that of the input that led to the state.
     validation.finite_steps("state", jax.tree.map(lambda leaf: leaf[1:], carries))
-    return Trajectory(carries, inputs)
+    return Trajectory(carries, inputs, controls.active, controls.reset)
 
 
 @jax.jit
-def _carries(cell: Cell, params: Params, inputs: Any, carry: Carry | None) -> Carry:
+def _carries(
+    cell: Cell, params: Params, inputs: Any, carry: Carry | None, lengths: Array | None, resets: Array | None
+) -> tuple[Carry, _Controls]:
     with jax.default_matmul_precision("highest"):
-        initial = _initial_carry(cell, params, inputs, carry)
+        reset_carry, initial = (_initial_carry(cell, params, inputs, start) for start in (None, carry))
+        controls = _controls(jax.tree.leaves(inputs)[0].shape[0], lengths, resets, None, False)
 
-        def step(carry: Carry, prepared: Any) -> tuple[Carry, Carry]:
-            carry, _ = cell.step(params, carry, prepared)
-            return carry, carry
+        def step(carry: Carry, xs: tuple[Any, _Controls]) -> tuple[Carry, Carry]:
+            prepared, control = xs
+            after, output = cell.step(params, control.enter(carry, reset_carry), prepared)
+            after, _ = control.leave(carry, after, output)
+            return after, after
 
-        _, carries = jax.lax.scan(step, initial, cell.prepare_inputs(params, inputs))
-    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, carries)
+        _, carries = jax.lax.scan(step, initial, (cell.prepare_inputs(params, inputs), controls))
+    carries = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, carries)
+    return carries, controls
 
 
 def _unroll_steps(
@@ -172,27 +206,46 @@ def _unroll_steps(
     carry: Carry | None,
     lengths: Array | None,
     resets: Array | None,
-    perturbations: Array | None,
+    perturbations: Any,
     *,
     truncation: int | None,
     reverse: bool,
+    max_carry_gradient: float | None,
 ) -> tuple[Carry, Any]:
     reset_carry = _initial_carry(cell, params, inputs, None)
     carry = _initial_carry(cell, params, inputs, carry)
     num_steps = jax.tree.leaves(inputs)[0].shape[0]
     controls = _controls(num_steps, lengths, resets, truncation, reverse)
+    num_batch_axes = len(cell.batch_shape(inputs))
 
-    def step(carry: Carry, xs: tuple[Any, _Controls, Array | None]) -> tuple[Carry, Any]:
+    def step(carry: Carry, xs: tuple[Any, _Controls, Any]) -> tuple[Carry, Any]:
         prepared, control, perturbation = xs
+        if max_carry_gradient is not None:
+            carry = clip_cotangent(carry, max_carry_gradient, num_batch_axes)
         after, output = cell.step(params, control.enter(carry, reset_carry), prepared)
         if perturbation is not None:
-            after, output = _perturb(cell, after, perturbation)
+            after, output = _perturb(cell, after, output, perturbation)
         return control.leave(carry, after, output)
 
     return jax.lax.scan(step, carry, (cell.prepare_inputs(params, inputs), controls, perturbations), reverse=reverse)
 
 
-_unroll = jax.jit(_unroll_steps, static_argnames=("truncation", "reverse"))
+_unroll = jax.jit(_unroll_steps, static_argnames=("truncation", "reverse", "max_carry_gradient"))
+
+
+def _checked_controls(
+    cell: Cell, inputs: Any, lengths: Array | None, resets: Array | None
+) -> tuple[Array | None, Array | None, Any]:
+    """Checks lengths and resets, and returns them as arrays, with inputs whose padding no step has to fear."""
+    num_steps, batch_shape = jax.tree.leaves(inputs)[0].shape[0], cell.batch_shape(inputs)
+    if lengths is not None:
+        lengths = jnp.asarray(lengths)
+        validation.lengths("lengths", lengths, batch_shape, num_steps)
+        inputs = _without_padding(inputs, lengths)
+    if resets is not None:
+        validation.shape("resets", resets, (num_steps, *batch_shape))
+        resets = jnp.asarray(resets, bool)
+    return lengths, resets, inputs
 
 
 def _initial_carry(cell: Cell, params: Params, inputs: Any, carry: Carry | None) -> Carry:
@@ -210,7 +263,7 @@ def _controls(
     if reverse:  # a sequence that is shorter starts, and counts its windows from, its own last step
         processed = processed[::-1] if lengths is None else lengths[None] - 1 - _time_axis(num_steps, lengths)
     window_start = None if truncation is None else processed % truncation == 0
-    return _Controls(active, None if resets is None else jnp.asarray(resets, bool), window_start)
+    return _Controls(active, resets, window_start)
 
 
 def _before_length(num_steps: int, lengths: Array) -> Array:
@@ -236,17 +289,19 @@ def _without_padding(inputs: Any, lengths: Array) -> Any:
     return jax.tree.map(filled, inputs)
 
 
-def _perturb(cell: Cell, carry: Carry, perturbation: Array) -> tuple[Carry, Array]:
+def _perturb(cell: Cell, carry: Carry, output: Any, perturbation: Any) -> tuple[Carry, Any]:
     leaves, structure = jax.tree.flatten(carry)
-    hidden = leaves[0] + perturbation.astype(leaves[0].dtype)
-    return jax.tree.unflatten(structure, [hidden, *leaves[1:]]), hidden
+    # An array alone is for h, the first leaf.
+    added = [a + b.astype(a.dtype) for a, b in zip(leaves, jax.tree.leaves(perturbation), strict=False)]
+    carry = jax.tree.unflatten(structure, added + leaves[len(added) :])
+    return carry, cell.hidden(carry) if isinstance(cell, AffineCell) else output
 
 
-def _check_perturbations(cell: Cell, perturbations: Array, leading: tuple[int, ...]) -> None:
-    if not isinstance(cell, AffineCell):
-        kind = type(cell).__name__
-        raise ValueError(f"perturbations needs an affine cell, whose output is its hidden state; got {kind}")
-    validation.shape("perturbations", perturbations, (*leading, cell.hidden_size))
+def _check_perturbations(cell: Cell, perturbations: Any, leading: tuple[int, ...]) -> None:
+    if isinstance(cell, AffineCell) and hasattr(perturbations, "shape"):
+        validation.shape("perturbations", perturbations, (*leading, cell.hidden_size))
+    else:
+        validation.same_shapes("perturbations", perturbations, jax.eval_shape(lambda: cell.initialize_carry(leading)))
 
 
 def _where(condition: Array, on_true: Any, on_false: Any) -> Any:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import accuracy
+import rnnjax
+from experiments.benchmarks import accuracy, spectra
+from rnnjax import testing
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +33,23 @@ def test_cost_of_spectra():
     assert "jacrev + SVD" in result.stdout.splitlines()[-3]
 
 
+def test_what_is_timed_is_right():
+    programs = spectra.contestants(rnnjax.GRUCell(8), 4)
+    params, many = programs["all of 16"][1]
+    path = rnnjax.trajectory(rnnjax.GRUCell(8), params, many[:, 0])
+    chain = np.asarray(rnnjax.autodiff_step_jacobians(rnnjax.GRUCell(8), params, path), np.float64)
+    exact = [np.log(np.linalg.svd(np.linalg.multi_dot([np.eye(8), *chain[4 - lag :][::-1]]))[1]) for lag in range(1, 5)]
+    usual, every, norms = (
+        program(*arguments) for program, arguments in map(programs.get, ("jacrev + SVD", "all", "norm at every lag"))
+    )
+    np.testing.assert_allclose(usual, exact[-1], atol=1e-3)
+    np.testing.assert_allclose(every.log_singular_values, exact[-1], atol=1e-3)
+    np.testing.assert_allclose(norms, np.max(exact, axis=1), atol=1e-3)
+    for name, shape in (("leading quarter", (2,)), ("all of 16", (16, 8))):
+        program, arguments = programs[name]
+        assert jax.eval_shape(program, *arguments).log_singular_values.shape == shape
+
+
 @pytest.mark.parametrize(
     ("name", "argument"), [("spectra", "--sizes=0"), ("spectra", "--repeats=0"), ("lyapunov", "--sizes=x")]
 )
@@ -46,6 +66,21 @@ def test_a_line_of_the_accuracy_table():
     error, estimate = (float(word.strip("(≤)")) for word in line["float64"].replace("≤ ", "").split())
     assert 0 <= error <= estimate < 1e-9
     assert (line["S"], line["T"]) == (3, 20)
+    exact = testing.exact_log_singular_values(steps)
+    assert line["log σ"] == f"{exact[0]:.0f} … {exact[-1]:.0f}"
+    assert float(line["sum of log|R|"]) == pytest.approx(np.abs(accuracy.qr_sums(steps) - exact).max(), abs=0.05)
+    rounded, narrow = (float(line[name].split()[0]) for name in ("float32 Jacobians", "all float32"))
+    assert 1e-12 < rounded < 1e-5 and 10 * rounded < narrow < 1e-2
+
+
+def test_the_usual_ways_of_the_accuracy_table_are_what_they_are_called():
+    rng = np.random.default_rng(1)
+    steps = np.triu(rng.normal(size=(5, 3, 3)), 1) + np.diag([4.0, 2.0, 1.0])
+    np.testing.assert_allclose(accuracy.qr_sums(steps), 5 * np.log([4, 2, 1]), atol=1e-12)  # Q stays the identity
+    exact = np.log(np.linalg.svd(np.linalg.multi_dot(list(steps[::-1])), compute_uv=False))
+    np.testing.assert_allclose(accuracy.product_then_svd(steps), exact, atol=1e-10)
+    lost = accuracy.measured("beyond floats", np.stack([np.diag([1.0, 1e-20, 1e-30])] * 20))
+    assert lost["multiply, then SVD"] == "1 of 3 right"
 
 
 def test_chains_of_the_accuracy_table_are_what_they_are_called():

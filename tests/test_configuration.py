@@ -27,25 +27,29 @@ def standard_promotion():
     [
         ("vanilla", rnnjax.VanillaCell),
         ("leaky", rnnjax.LeakyCell),
+        ("skip", rnnjax.SkipCell),
         ("lstm", rnnjax.LSTMCell),
         ("gru", rnnjax.GRUCell),
     ],
 )
 def test_cells(name, kind):
-    cell = RunConfig(cell=name, activation="relu", leak=0.25, forget_bias=2.0, **SMALL).make_cell()
+    cell = RunConfig(cell=name, activation="relu", leak=0.25, span=3, skip=0.1, forget_bias=2.0, **SMALL).make_cell()
     assert type(cell) is kind and cell.hidden_size == 6
-    asked = {"activation": "relu", "leak": 0.25, "forget_bias": 2.0}
+    asked = {"activation": "relu", "leak": 0.25, "span": 3, "skip": 0.1, "forget_bias": 2.0}
     has = {"vanilla": {"activation"}, "leaky": {"activation", "leak"}, "lstm": {"forget_bias"}, "gru": {"forget_bias"}}
+    has["skip"] = {"activation", "leak", "span", "skip"}
     for setting, value in asked.items():
         assert getattr(cell, setting, None) == (value if setting in has[name] else None)
 
 
 def test_every_cell_is_tested():
-    assert set(CELLS) == {"vanilla", "leaky", "lstm", "gru"} == set(CHOICES["cell"])
+    assert set(CELLS) == {"vanilla", "leaky", "skip", "lstm", "gru"} == set(CHOICES["cell"])
 
 
 def test_forget_bias_defaults_to_that_of_the_cell():
-    biases = {name: RunConfig(cell=name).make_cell().initial_bias(jnp.float32) for name in ("lstm", "gru")}
+    biases = {
+        name: RunConfig(cell=name).make_cell().initial_bias(jax.random.key(0), jnp.float32) for name in ("lstm", "gru")
+    }
     assert (biases["lstm"][1] == 1).all() and not biases["gru"].any()
 
 
@@ -176,8 +180,8 @@ def test_clipping_bounds_of_which_0_is_none(bounds, expected):
 
 
 def test_truncation_and_monitoring_of_which_0_is_none():
-    assert RunConfig().fit_settings().truncation is None
-    assert RunConfig(truncation=5).fit_settings().truncation == 5
+    assert RunConfig().fit_settings().backpropagation.truncation is None
+    assert RunConfig(truncation=5).fit_settings().backpropagation.truncation == 5
     assert RunConfig(monitor_every=0).make_monitor() is None
     assert RunConfig(monitor_every=7).make_monitor().every == 7
 
@@ -188,7 +192,7 @@ def test_fit_settings_are_those_of_the_config():
         "steps": 11,
         "batch_size": 12,
         "evaluate_every": 13,
-        "truncation": 14,
+        "backpropagation": {"truncation": 14, "max_carry_gradient": None, "penalty": None},
         "seed": 15,
     }
 
@@ -216,9 +220,13 @@ NAN, INF = math.nan, math.inf
 WRONG = [
     *((name, "nonsense") for name in CHOICES),
     *((name, value) for name in COUNTS for value in (0, -1, 2.5, True, "3")),
-    *((name, value) for name in ("truncation", "monitor_every", "seed") for value in (-1, 2.5, True)),
+    *((name, value) for name in ("truncation", "monitor_every", "chrono", "seed") for value in (-1, 2.5, True)),
     *((name, value) for name in ("gain", "learning_rate") for value in (0, -1, NAN, INF, "1", True)),
-    *((name, value) for name in ("clip_norm", "clip_value") for value in (-1, NAN, INF, "1")),
+    *(
+        (name, value)
+        for name in ("clip_norm", "clip_value", "clip_ratio", "clip_carry")
+        for value in (-1, NAN, INF, "1")
+    ),
     *(("leak", value) for value in (0, -0.1, 1.1, NAN, "1")),
     *(("forget_bias", value) for value in (NAN, INF, -INF, "1")),
     ("seed", 2**32),

@@ -129,19 +129,25 @@ def test_what_is_not_finite_is_an_error_or_a_flag(bad):
     assert np.isnan(leading(1.0).log_singular_values).all()
 
 
-def test_the_product_alone_needs_no_more_memory_for_more_steps():
-    cell = rnnjax.LSTMCell(16)
-    params = cell.init(jax.random.key(0), 2)
+MEMORY_CELLS = {
+    "affine": rnnjax.LSTMCell(16),
+    "step": rnnjax.StepCell(lambda p, h, x: (jnp.tanh(p @ h) + x, h), np.zeros(32, np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY_CELLS)
+def test_the_product_alone_needs_no_more_memory_for_more_steps(name):
+    cell = MEMORY_CELLS[name]
+    params = cell.init(jax.random.key(0), 32) if name == "affine" else jnp.eye(32)
 
     def program(num_steps):
-        inputs = jnp.zeros((num_steps, 2))
+        inputs = jnp.zeros((num_steps, 32))
         operator = jax.jit(jacobian_operator)(cell, params, rnnjax.trajectory(cell, params, inputs))
         return jax.jit(rnnjax.factor_product).lower(operator).compile().memory_analysis().temp_size_in_bytes
 
     short, long = program(50), program(1000)
     per_step = (long - short) / 950
     assert per_step < 4 * 32 * 32  # less than one 32 × 32 matrix: some copies of states, as many as S
-
     assert short < 60 * 8 * 32 * 32
 
 

@@ -84,6 +84,15 @@ def test_theory_is_that_of_the_literature_and_the_networks_come_near_it(results)
         assert arrays["theory_exponents"].shape == (2, 24)
 
 
+@pytest.mark.parametrize(("name", "leak"), [("vanilla", 1.0), ("leaky", 0.5)])
+def test_theory_of_all_exponents_is_that_of_infinitely_many_units(results, name, leak):
+    """Below the critical gain their eigenvalues fill the disk of radius a g around 1 − a evenly (Girko 1985)."""
+    radii, angles = np.meshgrid((np.arange(1000) + 0.5) / 1000, 2 * np.pi * np.arange(200) / 200)
+    logs = np.log(np.abs(1 - leak + 0.5 * leak * np.sqrt(radii) * np.exp(1j * angles)))
+    expected = np.quantile(logs, 1 - (np.arange(24) + 0.5) / 24)
+    np.testing.assert_allclose(results.load_arrays(name)["theory_exponents"][0], expected, atol=5e-3)
+
+
 def test_gated_networks_at_rest_have_the_exponent_of_their_linearisation(results):
     """h = 0 without input: ln max|f + eig W/4| for the memory of an LSTM, ln max|z + (1 − z) eig W/2| for a GRU."""
     candidates = {"lstm": weights(rnnjax.LSTMCell, 6, 2), "gru": weights(rnnjax.GRUCell, 6, 2)}
@@ -149,6 +158,10 @@ def test_tables_rest_on_the_arrays(results):
     assert float(row["λ₁"]) == pytest.approx(largest.mean())
     assert float(row["± λ₁"]) == pytest.approx(abs(largest[0] - largest[1]) / np.sqrt(2), rel=1e-5)
     assert float(row["positive"]) == pytest.approx(positive.mean())
+    for column, name in (("λ₁ theory", "theory_largest_exponents"), ("positive theory", "theory_positive_shares")):
+        assert float(row[column]) == pytest.approx(vanilla[name][1])
+    deviations = sum(vanilla["exponents"][1]) / 2 - vanilla["theory_exponents"][1]
+    assert float(row["mean |Δλ_i|"]) == pytest.approx(sum(abs(deviations)) / 24)
     gates = rows_of(results.path / "table_gates.csv")
     assert [(row["cell"], row["input"]) for row in gates] == [
         (cell, drive) for cell in ("LSTM", "GRU") for drive in ("none", "white noise")

@@ -1,6 +1,5 @@
 """Figures: what is drawn is the data, nothing overlaps, and what cannot be drawn is said."""
 
-import itertools
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.image import imread
 
 from rnnjax import plots
+from tests.figure_checks import curves, markers, outside, overlaps
 
 FIGURES = [
     plots.spectral_norm_against_lag,
@@ -71,15 +71,6 @@ def make_lost_runs():
     return {"lost": lost}
 
 
-def curves(axes):
-    """Lines with a style, in the order of the runs: without the line at 0 and the markers of zeros."""
-    return [line for line in axes.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata()) != 2]
-
-
-def zero_markers(axes):
-    return [line for line in axes.get_lines() if line.get_linestyle() == "None"]
-
-
 def note(figure):
     return figure.get_supxlabel()
 
@@ -124,12 +115,12 @@ def test_hidden_gradients_are_drawn_and_exact_zeros_lie_at_the_lower_edge():
     runs[LABELS[1]]["hidden_gradient_norms"][0, -1, :3] = 0
     figure = plots.hidden_gradient_against_time(runs)
     for axes, moment in zip(figure.axes, (0, -1), strict=True):
-        for run, line, zeros in zip(runs.values(), curves(axes), zero_markers(axes), strict=True):
+        for run, line, zeros in zip(runs.values(), curves(axes), markers(axes), strict=True):
             norms = run["hidden_gradient_norms"][moment, -1]
             np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 13))
             np.testing.assert_array_equal(line.get_ydata(), np.where(norms == 0, np.nan, norms))
             np.testing.assert_array_equal(zeros.get_xdata(), 1 + np.flatnonzero(norms == 0))
-    marker_heights = figure.axes[0].transAxes.transform([(0, y) for y in zero_markers(figure.axes[0])[1].get_ydata()])
+    marker_heights = figure.axes[0].transAxes.transform([(0, y) for y in markers(figure.axes[0])[1].get_ydata()])
     lowest = min(run["hidden_gradient_norms"][run["hidden_gradient_norms"] > 0].min() for run in runs.values())
     assert marker_heights[:, 1].max() < figure.axes[0].transData.transform((1, lowest))[1]
     assert "exactly 0" in note(figure)
@@ -235,11 +226,6 @@ CASES = {
 }
 
 
-def boxes_that_overlap(boxes):
-    pairs = itertools.combinations(boxes.items(), 2)
-    return [(name, other) for (name, a), (other, b) in pairs if a.padded(-1).overlaps(b.padded(-1))]
-
-
 @pytest.mark.parametrize("plot", FIGURES)
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_is_written_small_and_without_overlaps(case, plot, tmp_path):
@@ -247,19 +233,8 @@ def test_every_case_is_written_small_and_without_overlaps(case, plot, tmp_path):
     plots.save_figure(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size < 300_000
     assert imread(tmp_path / "figure.png").shape[1] == 900
-    boxes = {f"axes {i}": axes.get_tightbbox() for i, axes in enumerate(figure.axes)}
-    boxes |= {f"legend {i}": legend.get_window_extent() for i, legend in enumerate(figure.legends)}
-    if note(figure):
-        boxes["note"] = figure._supxlabel.get_window_extent()
-    assert boxes_that_overlap(boxes) == []
-    for name, box in boxes.items():
-        assert figure.bbox.padded(1).contains(box.x0, box.y0), name
-        assert figure.bbox.padded(1).contains(box.x1, box.y1), name
-    for axes in figure.axes:
-        ticks = [*axes.xaxis._update_ticks(), *axes.yaxis._update_ticks()]
-        texts = [text for tick in ticks for text in (tick.label1, tick.label2)]
-        shown = [text for text in texts if text.get_visible() and text.get_text()]
-        assert boxes_that_overlap({text: text.get_window_extent() for text in shown}) == []
+    assert overlaps(figure) == []
+    assert outside(figure) == []
 
 
 @pytest.mark.parametrize("plot", FIGURES[:3])

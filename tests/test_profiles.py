@@ -1,6 +1,5 @@
 """Singular values by lag and between any two times, and the spectral norm at every lag."""
 
-import functools
 import math
 
 import jax
@@ -11,28 +10,7 @@ import pytest
 import rnnjax
 from rnnjax import testing
 from rnnjax.jacobians import jacobian_operator
-
-LIMIT = {"float32": 2e-3, "float64": 1e-9}  # nats
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def spectrum(chain, dtype=None):
-    """log σ_i, log of the spectral norm and log|det| of a product, in one program."""
-    product = rnnjax.factor_product(chain, dtype=dtype)
-    return rnnjax.log_singular_values(product), rnnjax.log_spectral_norm(product), product.log_abs_det
-
-
-def worst(actual, exact):
-    """Largest difference in nats; rank loss must agree exactly."""
-    actual, exact = np.asarray(actual, np.float64), np.asarray(exact)
-    np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(exact))
-    live = np.isfinite(exact)
-    return np.abs(actual[live] - exact[live]).max(initial=0.0)
-
-
-def orthogonal(size, seed=0):
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
-
+from tests.reference_spectra import LIMIT, orthogonal, spectrum, worst
 
 PROFILED = {
     "tanh": rnnjax.VanillaCell(4),

@@ -10,27 +10,11 @@ import pytest
 
 import rnnjax
 from rnnjax import testing
-
-LIMIT = {"float32": 2e-3, "float64": 1e-9}  # nats
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def spectrum(chain, dtype=None):
-    """log σ_i, log of the spectral norm and log|det| of a product, in one program."""
-    product = rnnjax.factor_product(chain, dtype=dtype)
-    return rnnjax.log_singular_values(product), rnnjax.log_spectral_norm(product), product.log_abs_det
+from tests.reference_spectra import LIMIT, orthogonal, spectrum, worst
 
 
 def logs(chain, dtype=None):
     return np.asarray(spectrum(chain, dtype)[0], np.float64)
-
-
-def worst(actual, exact):
-    """Largest difference in nats; rank loss must agree exactly."""
-    actual, exact = np.asarray(actual, np.float64), np.asarray(exact)
-    np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(exact))
-    live = np.isfinite(exact)
-    return np.abs(actual[live] - exact[live]).max(initial=0.0)
 
 
 def network_jacobians(cell, num_steps, dtype, seed, scale):
@@ -52,6 +36,15 @@ def near_identity(num_steps, size, dtype):
     return 0.98 * jnp.eye(size, dtype=dtype)[None] + 0.05 * gaussian(num_steps, size, dtype, 1)
 
 
+def cluster(num_steps, size, dtype):
+    """Singular values from 1.1 to 0.9, too close for QR iteration, and one of 1e-8, along directions that turn."""
+    rotations = np.linalg.qr(np.random.default_rng(2).normal(size=(num_steps + 1, size, size)))[0]
+    values = np.ones((num_steps, 1, size))
+    values[50, 0, :-1] = np.linspace(1.1, 0.9, size - 1)
+    values[100:104, 0, -1] = 1e-2
+    return jnp.asarray(rotations[1:] * values @ np.swapaxes(rotations[:-1], 1, 2), dtype)
+
+
 CHAINS = {  # Chains of one shape share one compiled program.
     "condition 900": lambda dtype: testing.chain_of_steps(
         jax.random.key(0), 1000, 4, condition_number=900.0, dtype=dtype
@@ -61,6 +54,7 @@ CHAINS = {  # Chains of one shape share one compiled program.
     ),
     "Gaussian": lambda dtype: gaussian(200, 6, dtype),
     "near identity": lambda dtype: near_identity(200, 6, dtype),
+    "cluster": lambda dtype: cluster(200, 6, dtype),
     "saturated tanh": lambda dtype: network_jacobians(rnnjax.VanillaCell(12), 200, dtype, 2, 3.0),
     "LSTM": lambda dtype: network_jacobians(rnnjax.LSTMCell(3), 200, dtype, 3, 1.0),
     "GRU": lambda dtype: network_jacobians(rnnjax.GRUCell(6), 200, dtype, 4, 2.0),
@@ -75,10 +69,6 @@ def test_all_singular_values_are_those_of_exact_arithmetic(name, dtype):
     assert worst(logs(chain), exact) < LIMIT[dtype.name]
     if dtype == np.float32 and chain.shape[-1] == 6:
         assert worst(logs(chain, "float32"), exact) < LIMIT["float32"]
-
-
-def orthogonal(size, seed=0):
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
 
 
 def shear_logs(num_steps, slope):

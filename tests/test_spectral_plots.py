@@ -10,6 +10,7 @@ from matplotlib.contour import ContourSet
 from matplotlib.image import imread
 
 from rnnjax import plots, spectral_plots
+from tests.figure_checks import curves, markers, outside, overlaps
 
 FIGURES = [
     spectral_plots.largest_exponent_against_gain,
@@ -62,20 +63,12 @@ def make_lost_runs():
     return {"lost": {name: array if name in axes else np.full(array.shape, np.nan) for name, array in run.items()}}
 
 
-def markers(axes):
-    return [line for line in axes.get_lines() if line.get_linestyle() == "None"]
-
-
-def theory_lines(axes):
-    return [line for line in axes.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata()) != 2]
-
-
 def test_largest_exponents_are_means_with_deviations_over_the_theory():
     runs = make_runs()
     whole, difference = spectral_plots.largest_exponent_against_gain(runs).axes
     for index, run in enumerate(runs.values()):
         gains, measured, theory = run["gains"], run["largest_exponents"], run["theory_largest_exponents"]
-        np.testing.assert_array_equal(theory_lines(whole)[index].get_ydata(), theory)
+        np.testing.assert_array_equal(curves(whole)[index].get_ydata(), theory)
         for axes, offset in ((whole, 0 * theory), (difference, theory)):
             points, _, (bars,) = axes.containers[index]
             middle = sum(measured.T) / 3 - offset
@@ -93,7 +86,7 @@ def test_spectra_are_means_and_bands_over_the_theory_and_below_their_first_quart
     for column, run in zip(grid.T, runs.values(), strict=True):
         for axes, count in zip(column, (40, 10), strict=True):
             for index, measured in enumerate(run["exponents"]):
-                points, line, band = markers(axes)[index], theory_lines(axes)[index], axes.collections[index]
+                points, line, band = markers(axes)[index], curves(axes)[index], axes.collections[index]
                 np.testing.assert_allclose(points.get_xdata(), (np.arange(count) + 0.5) / 40)
                 np.testing.assert_allclose(points.get_ydata(), sum(measured)[:count] / 3)
                 np.testing.assert_array_equal(line.get_ydata(), run["theory_exponents"][index, :count])
@@ -166,8 +159,8 @@ def test_growth_per_step_and_the_difference_in_nats():
         horizontal = [line.get_ydata()[0] for line in rate.get_lines() if len(line.get_xdata()) == 2]
         np.testing.assert_array_equal(horizontal, run["product_exponents"])
     exact = runs["tanh"]["exact_log_singular_values"] / runs["tanh"]["product_lengths"][:, None]
-    np.testing.assert_allclose([line.get_ydata() for line in theory_lines(grid[0, 0])], exact.T)
-    assert theory_lines(grid[0, 1]) == []
+    np.testing.assert_allclose([line.get_ydata() for line in curves(grid[0, 0])], exact.T)
+    assert curves(grid[0, 1]) == []
 
 
 def test_the_legend_names_a_closed_form_only_where_there_is_one():
@@ -189,11 +182,6 @@ CASES = {
 }
 
 
-def boxes_that_overlap(boxes):
-    pairs = itertools.combinations(boxes.items(), 2)
-    return [(name, other) for (name, a), (other, b) in pairs if a.padded(-1).overlaps(b.padded(-1))]
-
-
 @pytest.mark.parametrize("plot", FIGURES)
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_is_written_small_and_without_overlaps(case, plot, tmp_path):
@@ -201,19 +189,8 @@ def test_every_case_is_written_small_and_without_overlaps(case, plot, tmp_path):
     plots.save_figure(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size < 300_000
     assert imread(tmp_path / "figure.png").shape[1] == 900
-    boxes = {f"axes {i}": axes.get_tightbbox() for i, axes in enumerate(figure.axes)}
-    boxes |= {f"legend {i}": legend.get_window_extent() for i, legend in enumerate(figure.legends)}
-    if figure.get_supxlabel():
-        boxes["note"] = figure._supxlabel.get_window_extent()
-    assert boxes_that_overlap(boxes) == []
-    for name, box in boxes.items():
-        assert figure.bbox.padded(1).contains(box.x0, box.y0), name
-        assert figure.bbox.padded(1).contains(box.x1, box.y1), name
-    for axes in figure.axes:
-        ticks = [*axes.xaxis._update_ticks(), *axes.yaxis._update_ticks()]
-        texts = [text for tick in ticks for text in (tick.label1, tick.label2)]
-        shown = [text for text in texts if text.get_visible() and text.get_text()]
-        assert boxes_that_overlap({text: text.get_window_extent() for text in shown}) == []
+    assert overlaps(figure) == []
+    assert outside(figure) == []
 
 
 @pytest.mark.parametrize("plot", FIGURES)

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import rnnjax
+from rnnjax.backpropagation import BackpropagationSettings
 from rnnjax.metrics import MetricsWriter, read_metrics
 from rnnjax.models import RecurrentNetwork
 from rnnjax.monitor import Monitor
@@ -26,7 +27,17 @@ SETTINGS = FitSettings(steps=8, batch_size=B, evaluate_every=3, seed=7)
 MONITOR = Monitor(every=3, num_sequences=2, num_exponents=2)
 MAX_NORM = 0.5
 TRAINING_KEYS = {
-    *("step", "seconds", "loss", "accuracy", "gradient_norm", "gradient_norm_clipped", "clipped", "nonfinite_steps")
+    *(
+        "step",
+        "seconds",
+        "loss",
+        "accuracy",
+        "gradient_norm",
+        "gradient_norm_clipped",
+        "clipped",
+        "skipped",
+        "nonfinite_steps",
+    )
 }
 HELD_OUT_KEYS = {"held_out_loss", "held_out_accuracy"}
 MONITOR_KEYS = {
@@ -142,7 +153,7 @@ def test_steps_are_those_of_optax_on_plain_functions(truncation):
     plain_state = PLAIN_OPTIMIZER.init(weights)
     for step in range(3):
         batch = TASK.batch(0, step, B)
-        state, metrics = train_step(graph, TASK, OPTIMIZER, truncation, state, batch)
+        state, metrics = train_step(graph, TASK, OPTIMIZER, BackpropagationSettings(truncation), state, batch)
         weights, plain_state, loss, norm = plain_step(weights, plain_state, batch, truncation)
         assert int(state.step) == step + 1
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
@@ -175,7 +186,7 @@ def stack_loss(weights, batch, shift=None):
 
 def test_monitored_step_changes_nothing(run):
     graph, _ = nnx.split(run.network)
-    arguments = (graph, TASK, OPTIMIZER, None, run.result.state, TASK.batch(0, 0, B))
+    arguments = (graph, TASK, OPTIMIZER, BackpropagationSettings(), run.result.state, TASK.batch(0, 0, B))
     (state, metrics), (monitored_state, monitored_metrics, _) = train_step(*arguments), monitored_train_step(*arguments)
     assert_trees_close(monitored_state, state, rtol=1e-5, atol=1e-7)
     assert_trees_close(monitored_metrics, metrics, rtol=1e-5)
@@ -186,7 +197,7 @@ def test_hidden_gradients_are_finite_differences():
         network = make_network(num_layers=2, dtype=jnp.float64)
         graph, _ = nnx.split(network)
         state, batch = create_state(network, OPTIMIZER), TASK.batch(0, 0, B)
-        _, metrics, norms = monitored_train_step(graph, TASK, OPTIMIZER, None, state, batch)
+        _, metrics, norms = monitored_train_step(graph, TASK, OPTIMIZER, BackpropagationSettings(), state, batch)
         weights, batch = stack_weights(network), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), batch)
     np.testing.assert_allclose(metrics["loss"], stack_loss(weights, batch), rtol=1e-6)
     assert norms.shape == (2, T)
@@ -203,7 +214,7 @@ def test_hidden_gradients_end_at_the_last_window():
     network = make_network()
     graph, _ = nnx.split(network)
     state = create_state(network, OPTIMIZER)
-    _, _, norms = monitored_train_step(graph, TASK, OPTIMIZER, 3, state, TASK.batch(0, 0, B))
+    _, _, norms = monitored_train_step(graph, TASK, OPTIMIZER, BackpropagationSettings(3), state, TASK.batch(0, 0, B))
     assert not norms[0, :6].any() and np.all(norms[0, 6:] > 0)
 
 
@@ -214,7 +225,7 @@ def test_hidden_gradients_survive_where_their_squares_underflow(run):
     network.layers[0].recurrent_kernel[...] = 1e-4 * jnp.eye(H)[:, None]
     graph, _ = nnx.split(network)
     state = create_state(network, OPTIMIZER)
-    _, _, norms = monitored_train_step(graph, TASK, OPTIMIZER, None, state, TASK.batch(0, 0, B))
+    _, _, norms = monitored_train_step(graph, TASK, OPTIMIZER, BackpropagationSettings(), state, TASK.batch(0, 0, B))
     np.testing.assert_allclose(np.diff(np.log(norms[0])), np.full(T - 1, math.log(1e4)), rtol=1e-4)
 
 

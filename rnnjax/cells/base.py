@@ -98,8 +98,8 @@ class AffineCell(Cell):
         s_t = pointwise(s_{t−1}, u_t, r_t)
 
     where unit j of the new carry depends on unit j of its arguments only. The carry's first leaf is the hidden state h:
-    it is the output, and what U multiplies. A subclass sets ``num_gates`` and ``num_carries`` and writes ``pointwise``;
-    Jacobians, fast training and monitoring follow.
+    it is the output, and what U multiplies. A subclass sets ``num_gates``, and ``num_carries`` unless it is 1, and
+    writes ``pointwise``; Jacobians, fast training and monitoring follow.
 
     Attributes:
       hidden_size: number of units H.
@@ -109,8 +109,6 @@ class AffineCell(Cell):
 
     num_gates: ClassVar[int]
     """G, how many pre-activations a unit has."""
-    num_carries: ClassVar[int] = 1
-    """How many numbers a unit carries from step to step: 1, or 2 for the LSTM."""
     has_recurrent_bias: ClassVar[bool] = False
 
     hidden_size: int
@@ -132,6 +130,11 @@ class AffineCell(Cell):
         """Returns the next carry from the carry and the G input and recurrent pre-activations, each ``[..., H]``."""
 
     @property
+    def num_carries(self) -> int:
+        """How many numbers a unit carries from step to step: 1, or 2 for the LSTM."""
+        return 1
+
+    @property
     def max_slope(self) -> float:
         """Scale of h's response to its recurrent pre-activation, |∂h'/∂r|, against which ``monitor`` judges saturation.
 
@@ -139,7 +142,7 @@ class AffineCell(Cell):
         """
         return 1.0
 
-    def initial_bias(self, dtype: DType) -> Array:
+    def initial_bias(self, key: Key, dtype: DType) -> Array:
         """Returns b at initialisation, ``[G, H]``: zero, but for gates that start open."""
         return jnp.zeros((self.num_gates, self.hidden_size), dtype)
 
@@ -167,11 +170,12 @@ class AffineCell(Cell):
         validation.positive_integer("input_size", input_size)
         validation.floating_dtype("dtype", dtype)
         input_key, recurrent_key = jax.random.split(key)
+        bias_key = jax.random.fold_in(key, 2)
         gates, hidden = self.num_gates, self.hidden_size
         return CellParams(
             input_kernel=per_gate(self.input_initializer, input_key, input_size, gates, hidden, dtype),
             recurrent_kernel=per_gate(self.recurrent_initializer, recurrent_key, hidden, gates, hidden, dtype),
-            bias=self.initial_bias(dtype),
+            bias=self.initial_bias(bias_key, dtype),
             recurrent_bias=jnp.zeros((gates, hidden), dtype) if self.has_recurrent_bias else None,
         )
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from rnnjax.activations import sigmoid, tanh
 from rnnjax.cells.base import AffineCell
-from rnnjax.typing import Array, DType
+from rnnjax.initializers import Chrono, keep_bias
+from rnnjax.typing import Array, DType, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class GRUCell(AffineCell):
 
     Attributes:
       hidden_size: number of units H.
-      forget_bias: initial bias of z, the gate that keeps the old state; above 0 the unit starts out remembering.
+      forget_bias: initial bias of z, the gate that keeps the old state; above 0 the unit starts out remembering, and
+        ``initializers.Chrono`` spreads the units' memories over a range of time scales (Tallec & Ollivier 2018).
 
     Raises:
       ValueError: a size that is not a positive integer.
@@ -44,11 +46,12 @@ class GRUCell(AffineCell):
     num_gates: ClassVar[int] = 3
     has_recurrent_bias: ClassVar[bool] = True
 
-    forget_bias: float = 0.0
+    forget_bias: float | Chrono = 0.0
 
-    def initial_bias(self, dtype: DType) -> Array:
+    def initial_bias(self, key: Key, dtype: DType) -> Array:
         """Returns zeros, but for ``forget_bias`` on the update gate."""
-        return jnp.zeros((self.num_gates, self.hidden_size), dtype).at[1].set(self.forget_bias)
+        keep = keep_bias(self.forget_bias, key, self.hidden_size, dtype)
+        return jnp.zeros((self.num_gates, self.hidden_size), dtype).at[1].set(keep)
 
     def pointwise(
         self, carry: Array, input_preactivation: tuple[Array, ...], recurrent_preactivation: tuple[Array, ...]

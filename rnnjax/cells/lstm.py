@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from rnnjax.activations import sigmoid, tanh
 from rnnjax.cells.base import AffineCell
-from rnnjax.typing import Array, DType
+from rnnjax.initializers import Chrono, keep_bias
+from rnnjax.typing import Array, DType, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class LSTMCell(AffineCell):
 
     Attributes:
       hidden_size: number of units H.
-      forget_bias: initial bias of f; 1 lets gradients pass from the start (Jozefowicz et al. 2015).
+      forget_bias: initial bias of f; 1 lets gradients pass from the start (Jozefowicz et al. 2015), and
+        ``initializers.Chrono`` spreads the units' memories over a range of time scales (Tallec & Ollivier 2018).
 
     Raises:
       ValueError: a size that is not a positive integer.
@@ -40,18 +42,24 @@ class LSTMCell(AffineCell):
     """
 
     num_gates: ClassVar[int] = 4
-    num_carries: ClassVar[int] = 2
 
-    forget_bias: float = 1.0
+    forget_bias: float | Chrono = 1.0
+
+    @property
+    def num_carries(self) -> int:
+        """Two: h and c."""
+        return 2
 
     @property
     def carry_form(self) -> str:
         """What a carry is made of, in words for messages."""
         return "a tuple (h, c) of arrays [..., H]"
 
-    def initial_bias(self, dtype: DType) -> Array:
-        """Returns zeros, but for ``forget_bias`` on the forget gate."""
-        return jnp.zeros((self.num_gates, self.hidden_size), dtype).at[1].set(self.forget_bias)
+    def initial_bias(self, key: Key, dtype: DType) -> Array:
+        """Returns zeros, but for ``forget_bias`` on the forget gate; the input gate of ``Chrono`` gets its negative."""
+        forget = keep_bias(self.forget_bias, key, self.hidden_size, dtype)
+        bias = jnp.zeros((self.num_gates, self.hidden_size), dtype).at[1].set(forget)
+        return bias.at[0].set(-forget) if isinstance(self.forget_bias, Chrono) else bias
 
     def pointwise(
         self,
