@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rnnjax import graded, products, validation
 from rnnjax.cells import Cell
@@ -81,7 +82,7 @@ def gradient_alignment(
     num_steps, *batch_shape, size, _ = jacobians.shape
     validation.shape("gradient", gradient, (*batch_shape, size))
     validation.finite("gradient", gradient)
-    if validation.is_concrete(gradient) and not bool(jnp.any(gradient != 0, axis=-1).all()):
+    if validation.is_concrete(gradient) and not np.any(np.asarray(gradient) != 0, axis=-1).all():
         raise ValueError("gradient must not be all zero: it has no direction then")
     powers = [2**i for i in range(num_steps.bit_length()) if 2**i < num_steps]
     chosen = checked_lags([*powers, num_steps] if lags is None else lags, num_steps)

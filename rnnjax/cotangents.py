@@ -60,11 +60,12 @@ clip_cotangent.defvjp(_forward, _backward)
 
 
 def _scaled_norm(leaves: list[Array], num_batch_axes: int) -> tuple[Array, Array]:
-    """Returns (s, ‖leaves‖₂ / s) for each sequence, s the largest magnitude (1 where it is 0, NaN or infinite)."""
-    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    """Returns (s, ‖leaves‖₂ / s) for each sequence, s an eighth of the largest magnitude (a normal number)."""
+    dtype = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
     wide = [jnp.abs(leaf).astype(dtype).reshape(*leaf.shape[:num_batch_axes], -1) for leaf in leaves]
     largest = functools.reduce(jnp.maximum, (leaf.max(axis=-1, initial=0) for leaf in wide))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    # 1/s must be a normal number too, for XLA may multiply by it.
+    scale = jnp.where(jnp.isfinite(largest), jnp.maximum(largest / 8, jnp.finfo(dtype).tiny), 1)
     squares = sum(jnp.sum((leaf / scale[..., None]) ** 2, axis=-1) for leaf in wide)
     return scale, jnp.where(jnp.isfinite(largest), jnp.sqrt(squares), 0)
 

@@ -242,6 +242,6 @@ def test_wrong_value_is_refused_by_name(name, value):
 
 def test_nearest_name_is_suggested():
     with pytest.raises(
-        ValueError, match=r"^cell must be one of gru, leaky, lstm, vanilla, got 'lsmt'; did you mean 'lstm'\?"
+        ValueError, match=r"^cell must be one of gru, leaky, lstm, skip, vanilla, got 'lsmt'; did you mean 'lstm'\?"
     ):
         RunConfig(cell="lsmt")

@@ -69,6 +69,8 @@ LAYOUT = [
     "rnnjax.plots",
     "rnnjax.spectral_plots",
     "rnnjax.remedy_plots",
+    "rnnjax.comparison_plots",
+    "rnnjax.dependency_plots",
     "rnnjax",
     "rnnjax.testing",
 ]

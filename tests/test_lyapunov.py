@@ -284,11 +284,14 @@ def test_blocks_are_those_of_a_qr_at_every_step(count):
     np.testing.assert_allclose(result.frame.T @ result.frame, np.eye(count), atol=1e-12)
 
 
-def test_steps_of_any_condition_keep_their_digits(dtype):
-    # Columns that differ by 10^6 after one step, along directions that turn: a fixed number of steps would lose one.
+@pytest.mark.parametrize("num_tame", [0, 40])
+def test_steps_of_any_condition_keep_their_digits(num_tame, dtype):
+    # Columns that differ by 10^6 after one step, along directions that turn: a fixed number of steps would lose one,
+    # and so would a stretch that rotations before them made long.
     rng = np.random.default_rng(3)
     turns = np.linalg.qr(rng.normal(size=(2, 60, 3, 3)))[0]
     chain = turns[0] * np.array([1e3, 1.0, 1e-3]) @ turns[1]
+    chain[:num_tame] = turns[0, :num_tame]
     chain = np.asarray(chain, dtype)
     frame = np.asarray(random_frame(jax.random.key(0), DenseJacobians(jnp.asarray(chain)), 3), np.float64)
     expected = qr_at_every_step(chain.astype(np.float64), frame).mean(axis=0)

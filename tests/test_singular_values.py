@@ -85,6 +85,7 @@ EXACT = {  # step matrix, number of steps, log σ
     "shear": (np.array([[1, 1.5], [0, 1]]), 300, shear_logs(300, 1.5)),
     "cat map": (np.array([[2.0, 1.0], [1.0, 1.0]]), 300, [300 * 0.962423650119207, -300 * 0.962423650119207]),
     "beyond every float": (np.diag([1e30, 1e-30]), 300, [9000 * math.log(10), -9000 * math.log(10)]),
+    "below every float": (np.diag([1, 1e-30]), 300, [0.0, -9000 * math.log(10)]),
     "one unit": (np.array([[-0.75]]), 300, [300 * math.log(0.75)]),
     "one lost unit": (np.array([[0.0]]), 300, [-np.inf]),
     "odd size": (1.25 * orthogonal(5), 5, [5 * math.log(1.25)] * 5),

@@ -358,10 +358,15 @@ def test_overhead_is_unknown_with_too_few_steps(plain, monitored):
         ("steps", 0, "a positive integer"),
         ("batch_size", -1, "a positive integer"),
         ("evaluate_every", 0, "a positive integer"),
-        ("truncation", 0, "a positive integer"),
         ("seed", -1, "a non-negative integer"),
     ],
 )
 def test_impossible_settings(name, value, allowed):
     with pytest.raises(ValueError, match=f"^{name} must be {allowed}, got {value}"):
         FitSettings(**({"steps": 1} | {name: value}))
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("truncation", "a positive int"), ("max_carry_gradient", "a positive")])
+def test_impossible_ways_to_take_the_gradient(name, allowed):
+    with pytest.raises(ValueError, match=f"^{name} must be {allowed}.*, got 0"):
+        BackpropagationSettings(**{name: 0})
