@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,13 +59,16 @@ class Ensemble:
         return np.where(solved.any(axis=1), self.evaluation_steps[solved.argmax(axis=1)], np.nan)
 
 
-def train_ensemble(name: str, config: RunConfig, num_seeds: int) -> Ensemble:
+def train_ensemble(
+    name: str, config: RunConfig, num_seeds: int, prepare: Callable[[RecurrentNetwork], None] | None = None
+) -> Ensemble:
     """Trains networks with seeds ``config.seed``, …, ``config.seed + num_seeds − 1``, all in one computation.
 
     Args:
       name: what the progress bar says is trained.
       config: the configuration; its monitor is not used.
       num_seeds: number of networks n.
+      prepare: changes the weights of a network before it is trained, in place.
 
     Returns:
       The ``Ensemble``.
@@ -76,6 +80,8 @@ def train_ensemble(name: str, config: RunConfig, num_seeds: int) -> Ensemble:
     task, optimizer = config.make_task(), config.make_optimizer()
     seeds = [config.seed + index for index in range(num_seeds)]
     networks = [dataclasses.replace(config, seed=seed).make_network(task) for seed in seeds]
+    for network in networks if prepare else []:
+        prepare(network)
     graph = nnx.split(networks[0])[0]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[create_state(net, optimizer) for net in networks])
     initial, settings = state.params, config.backpropagation_settings()

@@ -28,19 +28,21 @@ from rnnjax.workdir import Workdir
 FLAGS = flags.FLAGS
 SLOW, FAST = {"learning_rate": 3e-3}, {"learning_rate": 1e-2}
 """Of these two the one at which a kind of network learns better."""
+BY_LENGTH = "by length"
+"""In place of a setting: the longest memory of chrono gates is the length T of the sequences, the span of a skip T/4."""
 NETWORKS: dict[str, dict[str, Any]] = {
     # Uniform in ±1/√H, as PyTorch's recurrent layers start.
     "vanilla": {"initializer": "glorot", "gain": 1 / math.sqrt(3), **SLOW},
     "vanilla, orthogonal": {"initializer": "orthogonal", **SLOW},
-    "vanilla, skip": {"cell": "skip", "span": 32, **FAST},
+    "vanilla, skip": {"cell": "skip", "span": BY_LENGTH, **FAST},
     "LSTM": {"cell": "lstm", **FAST},
-    "LSTM, chrono": {"cell": "lstm", "chrono": True, **FAST},
+    "LSTM, chrono": {"cell": "lstm", "chrono": BY_LENGTH, **FAST},
     "GRU": {"cell": "gru", **FAST},
-    "GRU, chrono": {"cell": "gru", "chrono": True, **FAST},
+    "GRU, chrono": {"cell": "gru", "chrono": BY_LENGTH, **FAST},
 }
-"""What tells the networks apart; where ``chrono`` is set it is the length of the sequences."""
+"""What tells the networks apart."""
 CONFIG_FLAGS = ("hidden_size", "steps", "batch_size", "clip_norm", "evaluate_every", "seed")
-DEFAULTS = {"hidden_size": 32, "steps": 400, "batch_size": 32, "evaluate_every": 50}
+DEFAULTS = {"hidden_size": 32, "steps": 400, "batch_size": 16, "evaluate_every": 50}
 FULL = {"hidden_size": 128, "steps": 4000, "batch_size": 64, "evaluate_every": 200}
 FULL_SEEDS = 8
 SOLVED = 0.9
@@ -81,10 +83,10 @@ class Config:
 def network_config(config: Config, name: str, distance: int) -> RunConfig:
     """Returns the training run of one kind of network at one distance."""
     run = dataclasses.replace(config.training, length=distance)
-    settings = dict(NETWORKS[name])
-    if settings.pop("chrono", False):
-        settings["chrono"] = run.make_task().sequence_length
-    return dataclasses.replace(run, **settings)
+    length = run.make_task().sequence_length
+    by_length = {"chrono": length, "span": max(2, length // 4)}
+    own = {key: by_length[key] if value == BY_LENGTH else value for key, value in NETWORKS[name].items()}
+    return dataclasses.replace(run, **own)
 
 
 def train(config: Config, workdir: Workdir, name: str, distance: int) -> None:

@@ -64,9 +64,9 @@ class Config:
 
     num_seeds: int = 3
     steps: int = 800
-    recall_steps: int = 800
+    recall_steps: int = 1000
     adding_length: int = 50
-    recall_distance: int = 30
+    recall_distance: int = 20
     hidden_size: int = 32
     batch_size: int = 32
     learning_rate: float = 0.005

@@ -74,7 +74,8 @@ def remedies_for_vanishing(tasks: Mapping[str, Runs], kinds: Mapping[str, str]) 
 def gradient_norms_by_remedy(runs: Runs) -> "Figure":
     """Draws the norm of the gradient over training before and after clipping, a panel for each remedy.
 
-    Every seed is a line. A cross marks the first step at which a seed's gradient was not finite.
+    Every seed is a line; where nothing was clipped, the second line covers the first. A cross marks the first step at
+    which a seed's gradient was not finite, at the height of the last that was.
 
     Args:
       runs: remedy -> ``gradient_norm``, ``gradient_norm_clipped`` and ``skipped``, ``[n, N]``, skipped being 1 at the
@@ -92,7 +93,7 @@ def gradient_norms_by_remedy(runs: Runs) -> "Figure":
       ['clip by norm']
     """
     checked = _checked_group("runs", runs, _GRADIENTS)
-    columns = min(5, len(checked))
+    columns = min(4, len(checked))
     rows = -(-len(checked) // columns)
     figure, grid = drawing.new_figure(rows, columns, height=1.9, sharex=True, sharey=True)
     for axes, (name, run) in zip(grid.flat, checked.items(), strict=False):
@@ -100,10 +101,11 @@ def gradient_norms_by_remedy(runs: Runs) -> "Figure":
         axes.set_title(name, fontsize="medium")
     for axes in grid.flat[len(checked) :]:
         axes.remove()
-    for axes in figure.axes:
-        drawing.label_axes([axes], "", "gradient norm")
-    for axes in grid[-1, : len(checked) - columns * (rows - 1)]:
-        axes.set_xlabel("training step")
+    drawing.label_axes(figure.axes, "", "gradient norm")
+    for index, axes in enumerate(figure.axes):
+        if index + columns >= len(checked):
+            axes.set_xlabel("training step")
+            axes.tick_params(axis="x", labelbottom=True)
     lines = {"before clipping": {"color": _BEFORE}, "given to the optimiser": {"color": _AFTER}}
     drawing.add_legend(figure, lines | {"first gradient that is not finite": _cross()})
     return figure
@@ -146,6 +148,7 @@ def results_by_remedy(starts: Mapping[str, Runs]) -> "Figure":
         dots_and_ranges(share, names, skipped, color=_BEFORE)
         share.set_xlim(-0.05, 1.05)
         loss.axvline(float(next(iter(runs.values()))["baseline_loss"]), color="0.4", linewidth=0.8, linestyle=":")
+        _few_powers_of_ten(loss)
         loss.set(xlabel="held-out loss", title=title)
         share.set(xlabel="share of steps skipped", title=title)
     memoryless = {"no memory": {"color": "0.4", "linestyle": ":", "linewidth": 0.8}}
@@ -190,7 +193,7 @@ def _draw_norms(axes: "Axes", run: Arrays) -> None:
 
 def _rows_figure(groups: Mapping[str, Any], names: Sequence[str]) -> tuple["Figure", np.ndarray]:
     """Returns a figure with two panels for each group, whose rows are the names from top to bottom."""
-    height = 0.6 + _ROW_HEIGHT * len(names)
+    height = 0.9 + _ROW_HEIGHT * len(names)
     figure, grid = drawing.new_figure(1, 2 * len(groups), height=height, sharey=True)
     for axes in grid[0]:
         axes.tick_params(axis="y", length=0)
@@ -199,6 +202,13 @@ def _rows_figure(groups: Mapping[str, Any], names: Sequence[str]) -> tuple["Figu
     grid[0, 0].set_yticks(range(len(names)), names)
     grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
     return figure, grid[0]
+
+
+def _few_powers_of_ten(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(base=10, numticks=5))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _shade_kinds(row: np.ndarray, kinds: Sequence[str]) -> None:

@@ -123,23 +123,12 @@ class RecurrentNetwork(nnx.Module):
         self.layers = nnx.List([RecurrentLayer(cell, size, dtype=dtype, rngs=rngs) for size in sizes])
         self.output = nnx.Linear(cell.hidden_size, output_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self,
-        inputs: Array,
-        *,
-        lengths: Array | None = None,
-        perturbations: Sequence[Any] | None = None,
-        reverse: bool = False,
-        **options: Any,
-    ) -> Array:
+    def __call__(self, inputs: Array, **options: Any) -> Array:
         """Returns the outputs for a batch of sequences.
 
         Args:
           inputs: features ``[T, B, D]`` or tokens ``[T, B]``.
-          lengths: ``[B]``, as for ``unroll``; the last step of a sequence is that before its length.
-          perturbations: one ``[T, B, H]``, or one carry of such arrays, for each layer, as for ``unroll``.
-          reverse: as for ``unroll``, in every layer; the step processed last is then step 0.
-          **options: ``resets``, ``truncation`` and ``max_carry_gradient``, passed on to ``unroll``.
+          **options: those of ``unroll``, without ``carries``.
 
         Returns:
           ``[B, O]`` or ``[T, B, O]``.
@@ -147,18 +136,55 @@ class RecurrentNetwork(nnx.Module):
         Raises:
           ValueError: inputs or options that ``unroll`` would refuse, another number of perturbations than layers.
         """
+        return self.unroll(inputs, **options)[0]
+
+    def unroll(
+        self,
+        inputs: Array,
+        carries: Sequence[Carry] | None = None,
+        *,
+        lengths: Array | None = None,
+        perturbations: Sequence[Any] | None = None,
+        reverse: bool = False,
+        **options: Any,
+    ) -> tuple[Array, list[Carry]]:
+        """Returns the outputs for a batch of sequences, and the carries they end with.
+
+        Handed on to the next window of the same sequences, the carries continue them; no gradient passes from one call
+        to the next, so that this is truncated backpropagation through time over windows of a stream.
+
+        Args:
+          inputs: features ``[T, B, D]`` or tokens ``[T, B]``.
+          carries: the carry before the first step of each layer; initial ones by default.
+          lengths: ``[B]``, as for ``unroll``; the last step of a sequence is that before its length.
+          perturbations: one ``[T, B, H]``, or one carry of such arrays, for each layer, as for ``unroll``.
+          reverse: as for ``unroll``, in every layer; the step processed last is then step 0.
+          **options: ``resets``, ``truncation`` and ``max_carry_gradient``, passed on to ``unroll``.
+
+        Returns:
+          Outputs ``[B, O]`` or ``[T, B, O]``, and a carry for each layer.
+
+        Raises:
+          ValueError: inputs or options that ``rnnjax.unroll`` would refuse, another number of carries or perturbations
+            than layers.
+        """
+        if carries is not None and len(carries) != len(self.layers):
+            raise ValueError(f"carries must be one for each of the {len(self.layers)} layers, got {len(carries)}")
         if perturbations is not None and len(perturbations) != len(self.layers):
             raise ValueError(
                 f"perturbations must be one array for each of the {len(self.layers)} layers, got {len(perturbations)}"
             )
-        features = self._features(inputs)
+        features, last = self._features(inputs), []
         for index, layer in enumerate(self.layers):
             perturbation = None if perturbations is None else perturbations[index]
-            _, outputs = layer(features, lengths=lengths, perturbations=perturbation, reverse=reverse, **options)
+            carry = None if carries is None else jax.lax.stop_gradient(carries[index])
+            options_of_layer = {"lengths": lengths, "perturbations": perturbation, "reverse": reverse, **options}
+            carry, outputs = layer(features, carry, **options_of_layer)
             features = self._with_skip(index, features, outputs)
+            last.append(carry)
         if self.readout == "last":
             features = features[0] if reverse else _at_last_step(features, lengths)
-        return self.output(features)
+        return self.output(features), last
 
     def layer_views(self, inputs: Array) -> list[LayerView]:
         """Returns each layer with the inputs it gets when the network runs on ``inputs``."""

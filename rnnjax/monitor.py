@@ -12,17 +12,13 @@ import numpy as np
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.diagnosis import Regime, classify_regime
+from rnnjax.diagnosis import Regime, classify_regime, saturated_and_dead
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.lyapunov import finite_time_exponents
 from rnnjax.norms import spectral_norm_profile
 from rnnjax.operators import StructuredJacobians
 from rnnjax.typing import Array
 from rnnjax.unroll import trajectory
-
-SATURATION = 0.1
-"""A unit is saturated at a step where its state answers its recurrent pre-activations with less than this share of the
-largest slope its cell has."""
 
 
 @flax.struct.dataclass
@@ -71,6 +67,7 @@ class Reading:
         regime = self.regimes()[-1]
         return {
             "regime": regime.name,
+            "regime_confidence": regime.confidence,
             "exponent": regime.exponent,
             "exponent_standard_error": regime.standard_error,
             "log_spectral_norm": regime.log_spectral_norm,
@@ -150,14 +147,8 @@ def _measure_layer(layer: LayerView, num_exponents: int) -> dict[str, Array]:
     return {
         "log_spectral_norms": spectral_norm_profile(jacobians),
         "finite_time_exponents": jnp.moveaxis(exponents, -1, 0),
-        "saturated_share": _saturated_share(layer.cell, jacobians),
+        "saturated_share": saturated_and_dead(layer.cell, jacobians)[0],
     }
-
-
-def _saturated_share(cell: AffineCell, jacobians: StructuredJacobians) -> Array:
-    response = jnp.abs(jacobians.recurrent_derivatives).max(axis=(-3, -2))
-    saturated = (response < SATURATION * cell.max_slope).astype(response.dtype)
-    return jnp.mean(jnp.where(jnp.isnan(response), response, saturated))
 
 
 def _kernel_spectra(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,12 @@ def leaky_equations(p, h, x):
     return 0.7 * h + 0.3 * np.maximum(x @ p.input_kernel[:, 0] + h @ p.recurrent_kernel[:, 0] + p.bias[0], 0)
 
 
+def skip_equations(p, carry, x):
+    last, _, oldest = carry
+    new = 0.8 * last + 0.2 * np.tanh(x @ p.input_kernel[:, 0] + last @ p.recurrent_kernel[:, 0] + p.bias[0])
+    return 0.6 * oldest + 0.4 * new, last, carry[1]
+
+
 def lstm_equations(p, carry, x):
     h, c = carry
     i, f, g, o = np.add(gates(x, p.input_kernel, p.bias), gates(h, p.recurrent_kernel, np.zeros(4)))
@@ -69,6 +75,7 @@ CASES = {
     "vanilla": (rnnjax.VanillaCell(H), vanilla_equations),
     "leaky": (rnnjax.LeakyCell(H, activation="relu", leak=0.3), leaky_equations),
     "gru": (rnnjax.GRUCell(H), gru_equations),
+    "skip": (rnnjax.SkipCell(H, span=3, skip=0.6, leak=0.2), skip_equations),
     "lstm": (rnnjax.LSTMCell(H), lstm_equations),
     "minimal gated": (MinimalGatedCell(H), minimal_gated_equations),
 }
@@ -189,6 +196,10 @@ def test_initial_weights_have_the_contracts_shapes(name, dtype):
         (lambda: rnnjax.GRUCell(2.0), "hidden_size must be a positive integer, got 2.0"),
         (lambda: rnnjax.VanillaCell(2, activation="step"), "activation must be one of"),
         (lambda: rnnjax.LeakyCell(2, leak=0.0), r"leak must be a number in \(0, 1\], got 0.0"),
+        (lambda: rnnjax.SkipCell(2, span=1), "span must be an integer of at least 2, got 1"),
+        (lambda: rnnjax.SkipCell(2, skip=1.5), r"skip must be a number in \[0, 1\], got 1.5"),
+        (lambda: rnnjax.SkipCell(2, leak=0.0), r"leak must be a number in \(0, 1\], got 0.0"),
+        (lambda: rnnjax.SkipCell(2, activation="tan"), "activation must be one of"),
         (lambda: rnnjax.LeakyCell(2, leak=np.nan), r"leak must be a number in \(0, 1\], got nan"),
         (lambda: CELLS["gru"].init(jax.random.key(0), 0), "input_size must be a positive integer, got 0"),
         (lambda: CELLS["gru"].init(jax.random.key(0), D, int), "dtype must be a floating-point dtype"),

@@ -390,3 +390,31 @@ def test_norm_is_bounded_and_direction_kept(components, max_norm):
     np.testing.assert_allclose(
         np.asarray(updates, np.float64), factor * components, rtol=1e-6, atol=1e-37 * (1 + max_norm)
     )
+
+
+def test_adaptive_clipping_bounds_each_unit_by_its_weights():
+    """By hand: columns are units, of norms 5 and 1e-4 (counted as 1e-3); the norms of their gradients are 1."""
+    params = {"kernel": jnp.array([[3.0, 1e-4], [4.0, 0.0]]), "count": jnp.array(3)}
+    gradient = {"kernel": jnp.array([[0.6, 0.0], [0.8, 1.0]]), "count": jnp.array(0)}
+    optimizer = clipped(optax.sgd(1.0), max_ratio=0.1)
+    updates, state = optimizer.update(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], [[-0.3, 0.0], [-0.4, -1e-4]], rtol=1e-6)
+    assert bool(state.was_clipped) and float(state.norm_before) == pytest.approx(2**0.5)
+    small = jax.tree.map(lambda g: g * 1e-6 if g.dtype == jnp.float32 else g, gradient)
+    assert not bool(optimizer.update(small, optimizer.init(params), params)[1].was_clipped)
+
+
+def test_adaptive_clipping_comes_between_value_and_norm():
+    params, gradient = jnp.array([[3.0], [4.0]]), jnp.array([[30.0], [0.0]])
+    optimizer = clipped(optax.sgd(1.0), max_value=10.0, max_ratio=1.0, max_norm=2.0)
+    updates, state = optimizer.update(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(updates, [[-2.0], [0.0]], rtol=1e-6)
+    only = clipped(optax.sgd(1.0), max_value=10.0, max_ratio=1.0)
+    np.testing.assert_allclose(only.update(gradient, only.init(params), params)[0], [[-5.0], [0.0]], rtol=1e-6)
+    assert float(state.norm_after) == pytest.approx(2.0)
+
+
+def test_adaptive_clipping_needs_the_weights():
+    optimizer = clipped(optax.sgd(1.0), max_ratio=0.1)
+    with pytest.raises(ValueError, match="params must be given to update where max_ratio is set"):
+        optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))

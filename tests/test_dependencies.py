@@ -81,7 +81,7 @@ def test_networks_differ_in_what_their_names_say():
     cells = {name: config.make_cell() for name, config in configs.items()}
     assert cells["LSTM, chrono"].forget_bias.longest == cells["GRU, chrono"].forget_bias.longest == 13
     assert (cells["LSTM"].forget_bias, cells["GRU"].forget_bias) == (1.0, 0.0)
-    assert cells["vanilla, skip"].span == 32
+    assert cells["vanilla, skip"].span == 3
     network = configs["vanilla"].make_network(configs["vanilla"].make_task())
     weights = np.asarray(network.layers[0].recurrent_kernel[...])
     assert 0.8 / math.sqrt(5) < np.abs(weights).max() <= 1 / math.sqrt(5)

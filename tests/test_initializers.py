@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rnnjax import testing
+import rnnjax
+from rnnjax import initializers, testing
 from rnnjax.initializers import (
     INITIALIZERS,
     Gaussian,
@@ -108,3 +109,27 @@ def test_gains_must_be_positive_numbers(gain):
 def test_unknown_names_are_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match=r"initializer must be one of .*, got 'ortogonal'; did you mean 'orthogonal'"):
         make_initializer("ortogonal")
+
+
+def test_chrono_spreads_time_scales_evenly():
+    """e^b is uniform on [1, longest − 1]: a Kolmogorov–Smirnov distance below its 0.1 % value."""
+    bias = np.asarray(initializers.Chrono(50)(jax.random.key(0), (4000,)), np.float64)
+    share = np.sort((np.exp(bias) - 1) / 48)
+    assert share[0] > -1e-6 and share[-1] < 1 + 1e-6
+    assert np.abs(share - (np.arange(4000) + 0.5) / 4000).max() < 1.95 / np.sqrt(4000)
+
+
+@pytest.mark.parametrize(("cell", "keeping", "writing"), [(rnnjax.LSTMCell, 1, 0), (rnnjax.GRUCell, 1, None)])
+def test_chrono_opens_the_keeping_gate_and_shuts_the_input_gate_as_far(cell, keeping, writing):
+    bias = np.asarray(cell(64, forget_bias=initializers.Chrono(20)).init(jax.random.key(3), 2).bias)
+    assert np.unique(bias[keeping]).size > 60 and (bias[keeping] >= 0).all() and (bias[keeping] <= np.log(19)).all()
+    rest = [gate for gate in range(len(bias)) if gate not in (keeping, writing)]
+    assert not bias[rest].any()
+    if writing is not None:
+        np.testing.assert_array_equal(bias[writing], -bias[keeping])
+
+
+@pytest.mark.parametrize("longest", [2, 0, -1, np.nan, np.inf, "9"])
+def test_chrono_needs_a_memory_of_more_than_two_steps(longest):
+    with pytest.raises(ValueError, match="longest must be a"):
+        initializers.Chrono(longest)

@@ -18,6 +18,7 @@ T, D, H = 4, 2, 5
 
 GATED = {
     "leaky": rnnjax.LeakyCell(H, leak=0.3),
+    "skip": rnnjax.SkipCell(H, span=3, skip=0.6),
     "gru": rnnjax.GRUCell(H),
     "lstm": rnnjax.LSTMCell(H),
 }
@@ -237,3 +238,31 @@ def test_a_jacobian_that_is_not_finite_is_an_error_with_its_step():
     trajectory = rnnjax.Trajectory(jnp.array([[16.0], [4.0], [2.0], [0.0], [0.0]]), jnp.zeros((4, 1)))
     with pytest.raises(ValueError, match="step Jacobian must be finite, got a NaN or an overflow at time step 3"):
         rnnjax.step_jacobians(cell, params, trajectory)
+
+
+@pytest.mark.parametrize("name", ["lstm", "step"])
+def test_lengths_and_resets_are_in_the_jacobians(name):
+    """Against differences of the whole unroll: where a carry stands still J = I, where it is reset J = 0."""
+    if name == "lstm":
+        cell, params, made = path(name, (2,), jnp.dtype("float32"))
+    else:
+        weights = random_like(np.empty((H, H)), 1, jnp.float32)
+        cell, params = rnnjax.StepCell(lambda w, h, x: (jnp.tanh(w @ h + x.sum()), h), jnp.full(H, 0.1)), weights
+        made = rnnjax.trajectory(cell, params, random_like(np.empty((T, 2, D)), 2, jnp.float32))
+    options = {"lengths": np.array([T, 2]), "resets": np.array([[0, 0], [0, 0], [1, 0], [0, 0]], bool)}
+    controlled = rnnjax.trajectory(cell, params, made.inputs, **options)
+    jacobians = rnnjax.step_jacobians(cell, params, controlled)
+    plain = rnnjax.step_jacobians(cell, params, made)
+    size = cell.state_size
+    np.testing.assert_array_equal(jacobians[2:, 1], np.broadcast_to(np.eye(size), (2, size, size)))
+    np.testing.assert_array_equal(jacobians[2, 0], np.zeros((size, size)))
+    if name == "step":
+        np.testing.assert_array_equal(jacobians[:2], plain[:2])
+    # After the reset the sequence goes on from the initial carry.
+    after = rnnjax.trajectory(cell, params, made.inputs[2:, 0])
+    for one, other in zip(jax.tree.leaves(controlled.carries), jax.tree.leaves(after.carries), strict=True):
+        np.testing.assert_allclose(one[3:, 0], other[1:], atol=1e-6)
+    np.testing.assert_allclose(jacobians[3, 0], rnnjax.step_jacobians(cell, params, after)[1], atol=1e-6)
+    if name == "lstm":
+        expected = rnnjax.autodiff_step_jacobians(cell, params, controlled)
+        np.testing.assert_allclose(jacobians, expected, atol=1e-6)

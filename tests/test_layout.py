@@ -69,6 +69,7 @@ LAYOUT = [
     "rnnjax.plots",
     "rnnjax.spectral_plots",
     "rnnjax.remedy_plots",
+    "rnnjax.diagnosis_plots",
     "rnnjax.comparison_plots",
     "rnnjax.dependency_plots",
     "rnnjax",

@@ -228,3 +228,27 @@ def test_unfit_tokens(inputs):
 def test_wrong_number_of_perturbations(count):
     with pytest.raises(ValueError, match=f"^perturbations must be one array for each of the 2 layers, got {count}"):
         network(num_layers=2)(features(), perturbations=[jnp.zeros((T, B, H))] * count)
+
+
+def test_carries_continue_a_stream_and_pass_no_gradient():
+    """Two windows of a stream give the states of the whole, and the gradient of truncated backpropagation."""
+    made = network(rnnjax.LSTMCell(H), num_layers=2, readout="every")
+    inputs, window = jnp.concatenate([features(), features() ** 2])[:6], 3
+    first, carries = made.unroll(inputs[:window])
+    second, _ = made.unroll(inputs[window:], carries)
+    np.testing.assert_allclose(jnp.concatenate([first, second]), made(inputs), atol=1e-6)
+    graph, params = nnx.split(made)
+
+    def by_windows(params):
+        layers = nnx.merge(graph, params)
+        first, carries = layers.unroll(inputs[:window])
+        return first.sum() + layers.unroll(inputs[window:], carries)[0].sum()
+
+    def truncated(params):
+        return nnx.merge(graph, params)(inputs, truncation=window).sum()
+
+    ours, expected = jax.grad(by_windows)(params), jax.grad(truncated)(params)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    with pytest.raises(ValueError, match="carries must be one for each of the 2 layers, got 1"):
+        made.unroll(inputs, carries[:1])

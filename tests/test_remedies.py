@@ -31,7 +31,7 @@ VANISHING = vanishing_remedies.Config(
     hidden_size=6,
     batch_size=4,
     num_evaluations=2,
-    kinds=("none", "initialisation"),
+    kinds=("none", "skip in depth"),
 )
 EXPLODING = exploding_remedies.Config(
     num_seeds=2, steps=4, batch_size=8, num_evaluations=2, remedies=("none", "clip by global norm")
@@ -91,14 +91,16 @@ def test_what_is_not_finite_is_measured_as_not_a_number():
 @pytest.fixture(scope="module")
 def vanishing(tmp_path_factory):
     workdir = Workdir.create(tmp_path_factory.mktemp("vanishing") / "results")
-    assert vanishing_remedies.run(VANISHING, workdir) == 0
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs implicit promotion.
+        assert vanishing_remedies.run(VANISHING, workdir) == 0
     return workdir
 
 
 @pytest.fixture(scope="module")
 def exploding(tmp_path_factory):
     workdir = Workdir.create(tmp_path_factory.mktemp("exploding") / "results")
-    assert exploding_remedies.run(EXPLODING, workdir) == 0
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs implicit promotion.
+        assert exploding_remedies.run(EXPLODING, workdir) == 0
     return workdir
 
 
@@ -147,10 +149,8 @@ def test_critical_gain_is_that_for_the_variance_of_what_the_inputs_add():
 
 
 def test_norms_before_training_are_those_of_the_product_of_the_jacobians(vanishing):
-    _, run = VANISHING.remedies("adding")["tanh, orthogonal"]
-    index = list(VANISHING.remedies("adding")).index("tanh, orthogonal")
-    saved = vanishing.load_arrays(vanishing_remedies.file_name("adding", index))
-    run = dataclasses.replace(run, seed=1)
+    saved = vanishing.load_arrays(vanishing_remedies.file_name("adding", 0))
+    run = dataclasses.replace(VANISHING.run("adding"), seed=1)
     task = run.make_task()
     params = run.make_network(task).layers[0].params()
     kernel, recurrent, bias = (
@@ -168,11 +168,11 @@ def test_norms_before_training_are_those_of_the_product_of_the_jacobians(vanishi
     assert saved["exponent"][1, 0] == pytest.approx(np.median(logs) / 10, abs=1e-4)
 
 
-def test_the_start_vanishes_by_half_a_step_and_the_identity_keeps_its_norm(vanishing):
-    start = vanishing.load_arrays(vanishing_remedies.file_name("adding", 0))
-    assert (start["log_spectral_norm"][:, 0] <= -10 * np.log(2)).all()
-    identity = vanishing.load_arrays(vanishing_remedies.file_name("adding", 5))
-    np.testing.assert_allclose(identity["log_spectral_norm"][:, 0], 0, atol=1e-5)
+def test_the_start_vanishes_by_half_a_step(vanishing):
+    for task, num_steps in (("adding", 10), ("language_recall", 10)):
+        start = vanishing.load_arrays(vanishing_remedies.file_name(task, 0))
+        assert (start["log_spectral_norm"][:, 0] <= -num_steps * np.log(2)).all()
+        assert (start["log_spectral_norm"][:, 0] >= -2 * num_steps * np.log(2)).all()
 
 
 def test_tables_and_figures_of_the_vanishing_start(vanishing):
@@ -180,7 +180,7 @@ def test_tables_and_figures_of_the_vanishing_start(vanishing):
     for task, steps in (("adding", [2, 3]), ("language_recall", [1, 2])):
         rows = rows_of(vanishing, f"table_{task}")
         assert [row["remedy"] for row in rows] == names
-        assert [row["kind"] for row in rows] == ["none"] + 5 * ["initialisation"]
+        assert [row["kind"] for row in rows] == ["none"] + 2 * ["skip in depth"]
         assert {row["solved"] for row in rows} == {"0/2"}
         saved = vanishing.load_arrays(vanishing_remedies.file_name(task, 2))
         assert saved["evaluation_steps"].tolist() == steps
@@ -333,7 +333,8 @@ def test_remedies_for_vanishing_draw_medians_and_ranges():
     assert all(list(ends) == [0.2, 0.9] for ends in ranges) and len(ranges) == 5
     assert [text.get_text() for text in norm.get_yticklabels()] == list(names)
     assert norm.get_ylim()[0] > norm.get_ylim()[1]
-    assert "10 −inf" not in figure.get_supxlabel() and "−inf" in figure.get_supxlabel()
+    assert figure.get_supxlabel().startswith("10 −inf of 60 values")
+    figure.draw_without_rendering()
     assert not overlaps(figure) and not outside(figure)
 
 
@@ -346,6 +347,7 @@ def test_gradient_norms_break_where_steps_were_skipped_and_a_cross_says_so():
     assert (crosses[0][0].get_xdata()[0], crosses[0][0].get_ydata()[0]) == (2, 1e9)
     before = figure.axes[0].get_lines()[0].get_ydata()
     np.testing.assert_array_equal(before, [10, 1e9, np.nan, 3])
+    figure.draw_without_rendering()
     assert not overlaps(figure) and not outside(figure)
 
 
@@ -359,6 +361,7 @@ def test_results_by_remedy_mark_losses_that_are_not_finite():
     medians = [line.get_xdata()[0] for line in loss.get_lines() if line.get_marker() == "o"]
     np.testing.assert_allclose(medians, [0.5, 0.2])
     assert [line.get_xdata()[0] for line in share.get_lines() if line.get_marker() == "o"] == [0.25, 0]
+    figure.draw_without_rendering()
     assert not overlaps(figure) and not outside(figure)
 
 
