@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "LSTM, forget bias −2, recall": {**RECALL, "cell": "lstm", "forget_bias": -2.0},
     "LSTM, gain 8, recall": {**RECALL, "cell": "lstm", "gain": 8.0},
     "GRU, recall": {**RECALL, "cell": "gru"},
-    "GRU, order": {**ORDER, "cell": "gru"},
+    "GRU, forget bias −2, recall": {**RECALL, "cell": "gru", "forget_bias": -2.0},
     "healthy: tanh, orthogonal, recall": RECALL,
     "healthy: ReLU, identity, recall": {**RECALL, "activation": "relu", "initializer": "identity"},
     "healthy: LSTM, recall": {**RECALL, "cell": "lstm"},

@@ -29,7 +29,8 @@ FLAGS = flags.FLAGS
 SLOW, FAST = {"learning_rate": 3e-3}, {"learning_rate": 1e-2}
 """Of these two the one at which a kind of network learns better."""
 BY_LENGTH = "by length"
-"""In place of a setting: the longest memory of chrono gates is the length T of the sequences, the span of a skip T/4."""
+"""In place of a setting: the longest memory of chrono gates is the sequence length, the span of a skip a quarter of the
+distance, so that four of them bridge it."""
 NETWORKS: dict[str, dict[str, Any]] = {
     # Uniform in ±1/√H, as PyTorch's recurrent layers start.
     "vanilla": {"initializer": "glorot", "gain": 1 / math.sqrt(3), **SLOW},
@@ -84,7 +85,7 @@ def network_config(config: Config, name: str, distance: int) -> RunConfig:
     """Returns the training run of one kind of network at one distance."""
     run = dataclasses.replace(config.training, length=distance)
     length = run.make_task().sequence_length
-    by_length = {"chrono": length, "span": max(2, length // 4)}
+    by_length = {"chrono": length, "span": max(2, distance // 4)}
     own = {key: by_length[key] if value == BY_LENGTH else value for key, value in NETWORKS[name].items()}
     return dataclasses.replace(run, **own)
 

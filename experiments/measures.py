@@ -22,14 +22,13 @@ NUM_SEQUENCES = 4
 
 
 def measure(network: RecurrentNetwork, task: Task, batch: Batch) -> dict[str, float]:
-    """Measures the last recurrent layer on one batch; NaN where a state, a Jacobian or the loss is not finite,
-    and for the last two where the gradient is zero.
+    """Measures the last recurrent layer on one batch.
 
     Returns:
       ``log_spectral_norm``: log ‖∂s_T/∂s_0‖₂ in nats, median over the first sequences; ``exponent``: the same over T,
       the largest finite-time exponent in nats per step; ``horizon``: lag in steps from which on 90 % of the loss
-      gradient is gathered; ``share_within``: signed share of
-      the gradient from lags below T/4.
+      gradient is gathered; ``share_within``: signed share of the gradient that lags below T/4 contribute. NaN where a
+      state, a Jacobian or the loss is not finite, and for the last two where the gradient is zero.
     """
     return spectral_state(network, batch.inputs) | gradient_state(network, task, batch)
 

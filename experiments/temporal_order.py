@@ -57,13 +57,15 @@ class Config:
       training: what all networks have in common.
       lengths: sequence lengths in steps.
       num_seeds: networks trained of each kind.
+      initializations: names in ``INITIALIZATIONS``.
     """
 
     training: RunConfig = dataclasses.field(
         default_factory=lambda: RunConfig(task="temporal_order", optimizer="sgd", **DEFAULTS)
     )
-    lengths: tuple[int, ...] = (20, 40, 60, 100)
+    lengths: tuple[int, ...] = (20, 30, 40, 60)
     num_seeds: int = 8
+    initializations: tuple[str, ...] = ("critical",)
 
     def __post_init__(self) -> None:
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
@@ -71,6 +73,10 @@ class Config:
         for length in self.lengths:
             dataclasses.replace(self.training, length=length).make_task()
         validation.positive_integer("num_seeds", self.num_seeds)
+        if not self.initializations:
+            raise ValueError("initializations must hold at least one name, got none")
+        for name in self.initializations:
+            validation.one_of("initializations", name, INITIALIZATIONS)
 
 
 def array_name(initialization: str, method: str, length: int) -> str:
@@ -140,7 +146,7 @@ steps. largest gradient: its norm before clipping, median over the seeds. skippe
 def write_report(config: Config, workdir: Workdir) -> None:
     """Prints and writes the table and draws the figure from the saved arrays, as far as they are there."""
     rows = []
-    for initialization in INITIALIZATIONS:
+    for initialization in config.initializations:
         for method in METHODS:
             for length in config.lengths:
                 name = array_name(initialization, method, length)
@@ -170,7 +176,7 @@ def run(config: Config, workdir: Workdir) -> int:
     status = 0
     try:
         for length in config.lengths:
-            for initialization in INITIALIZATIONS:
+            for initialization in config.initializations:
                 for method in METHODS:
                     train(config, workdir, initialization, method, length)
     except KeyboardInterrupt:
@@ -191,10 +197,11 @@ def main(argv: Sequence[str]) -> int:
             options.config_from_flags(task="temporal_order", optimizer="sgd", **(FULL if FLAGS.full else {})),
             FULL_LENGTHS if FLAGS.full else lengths,
             FULL_SEEDS if FLAGS.full else FLAGS.num_seeds,
+            tuple(INITIALIZATIONS if FLAGS.full else FLAGS.initializations),
         )
         options.check_packages("", tensorboard=False)
         workdir = Workdir.create(FLAGS.workdir)
-        workdir.write_config(config, methods=METHODS, initializations=INITIALIZATIONS)
+        workdir.write_config(config, methods=METHODS, initialization_settings=INITIALIZATIONS)
     return run(config, workdir)
 
 
@@ -202,6 +209,7 @@ if __name__ == "__main__":
     options.define_config_flags(*CONFIG_FLAGS, **DEFAULTS)
     flags.DEFINE_list("lengths", [str(length) for length in Config.lengths], "sequence lengths in steps")
     flags.DEFINE_integer("num_seeds", Config.num_seeds, "networks trained of each kind")
+    flags.DEFINE_list("initializations", Config.initializations, f"out of {', '.join(INITIALIZATIONS)}")
     flags.DEFINE_boolean(
         "full", False, f"lengths up to {FULL_LENGTHS[-1]}, {FULL_SEEDS} seeds, 5 million sequences, learning rate 0.01"
     )

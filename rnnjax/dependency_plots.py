@@ -82,6 +82,7 @@ def gradient_share_by_lag(runs: Runs, distance: int) -> "Figure":
     """
     arrays = _checked("runs", runs, _SHARES)
     figure, grid = drawing.new_figure(2, 2, height=2.6, sharex=True, sharey="row")
+    _signed_axis(grid[0])
     for column, name in enumerate(_SHARES):
         grid[0, column].set_title(f"{name.capitalize()} training", fontsize="medium")
         for index, run in enumerate(arrays.values()):
@@ -92,7 +93,6 @@ def gradient_share_by_lag(runs: Runs, distance: int) -> "Figure":
     for axes in grid.flat:
         axes.axvline(distance, color="0.4", linewidth=0.8, linestyle=":", zorder=1)
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=1)
-    _signed_axis(grid[0])
     drawing.label_axes(grid[0], "", "share of one lag (signed)")
     drawing.label_axes(grid[1], "lag (steps)", "share of all lags up to this")
     drawing.add_run_legend(figure, arrays)
@@ -153,7 +153,7 @@ def _logarithmic_ticks(axes: "Axes", values: Sequence[np.ndarray]) -> None:
 
 
 def _signed_axis(panels: np.ndarray) -> None:
-    """Makes the shared y axis linear near 0, then logarithmic on both sides."""
+    """Makes the y axis linear near 0, then logarithmic on both sides."""
     for axes in panels:
         axes.set_yscale("symlog", linthresh=_LINEAR_BELOW)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))

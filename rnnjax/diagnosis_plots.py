@@ -50,6 +50,7 @@ def advice(arrays: Mapping[str, Any]) -> "Figure":
     for row, remedy in zip(rows, remedies, strict=True):
         axes.text(1.03, row, "no advice" if remedy == "none" else remedy, va="center", fontsize=8, color="0.3")
     axes.set_xlim(-0.02, 1.02)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel("held-out accuracy")
     axes.grid(axis="x", color="0.9")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)

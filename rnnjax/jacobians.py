@@ -5,7 +5,7 @@ r_t = h_{t−1} U, so that with the derivatives of one unit, P_t = ∂s'/∂s an
 
     J_t = P_t + D_t Uᵀ,
 
-for all steps at once, outside the scan. ``jax.jacrev`` of the pointwise function gives both.
+for all steps at once, outside the scan. Reverse-mode derivatives of the pointwise function give both.
 """
 
 from typing import Any, cast
@@ -217,17 +217,22 @@ def _autodiff_step_jacobians(cell: Cell, params: Params, trajectory: Trajectory)
 def _unit_derivatives(
     cell: AffineCell, carry: Carry, from_inputs: tuple[Array, ...], recurrent: tuple[Array, ...]
 ) -> tuple[Array, Array]:
-    """Returns P ``[..., C, C, H]`` and D ``[..., C, G, H]``, by ``jax.jacrev`` of one unit, over all units at once."""
-    shape = cell.hidden(carry).shape
-    arguments = jax.tree.map(jnp.ravel, (carry, from_inputs, recurrent))
-    derivatives = jax.vmap(jax.jacrev(cell.pointwise, argnums=(0, 2)))(*arguments)
+    """Returns P ``[..., C, C, H]`` and D ``[..., C, G, H]``, row by row.
 
-    def stacked(rows: list[list[Array]]) -> Array:
-        matrix = jnp.stack([jnp.stack([leaf.reshape(shape) for leaf in row]) for row in rows])
-        return jnp.moveaxis(matrix, (0, 1), (-3, -2))
+    Unit j reads unit j alone, so that the gradient of the sum over all units holds the derivative of each.
+    """
 
-    rows = derivatives if cell.num_carries > 1 else (derivatives,)
-    return stacked([jax.tree.leaves(row[0]) for row in rows]), stacked([jax.tree.leaves(row[1]) for row in rows])
+    def row(index: int) -> tuple[Array, Array]:
+        def carried(carry: Carry, recurrent: tuple[Array, ...]) -> Array:
+            return jax.tree.leaves(cell.pointwise(carry, from_inputs, recurrent))[index]
+
+        value, pull_back = jax.vjp(carried, carry, recurrent)
+        by_carry, by_gate = pull_back(jnp.ones_like(value))
+        return jnp.stack(jax.tree.leaves(by_carry), axis=-2), jnp.stack(by_gate, axis=-2)
+
+    rows = [row(index) for index in range(cell.num_carries)]
+    by_carry, by_gate = zip(*rows, strict=True)
+    return jnp.stack(by_carry, axis=-3), jnp.stack(by_gate, axis=-3)
 
 
 def _at_least_float32(tree: Any) -> Any:

@@ -5,6 +5,7 @@ linearised where a product asks for it. Leading axes are those of the sequence, 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -74,7 +75,7 @@ class StructuredJacobians:
         """Returns J, ``[..., S, S]``."""
         diagonal, from_hidden = self.carry_derivatives, self._from_hidden()
         hidden = diagonal.shape[-1]
-        same_unit = _rank_to(jnp.eye(hidden, dtype=self.dtype)[:, None], diagonal.ndim + 1)
+        same_unit = jax.lax.expand_dims(jnp.eye(hidden, dtype=self.dtype)[:, None], range(diagonal.ndim - 2))
         unit_to_unit = jnp.moveaxis(diagonal, -2, -1)[..., None] * same_unit
         blocks = jnp.concatenate([from_hidden[..., None, :], unit_to_unit[..., 1:, :]], axis=-2)
         return blocks.reshape(self.shape)
@@ -134,7 +135,7 @@ class StructuredJacobians:
         rows = kernel.reshape((1,) * (gates.ndim - 2) + kernel.shape)
         through = sum(gates[..., g, :, None] * rows[..., g, :, :] for g in range(gates.shape[-2]))
         hidden = kernel.shape[-1]
-        same_unit = _rank_to(jnp.eye(hidden, dtype=self.dtype), gates.ndim)
+        same_unit = jax.lax.expand_dims(jnp.eye(hidden, dtype=self.dtype), range(gates.ndim - 2))
         return through + self.carry_derivatives[..., 0, :, None] * same_unit
 
     def _by_carry(self, columns: Array) -> Array:
@@ -338,13 +339,10 @@ def _mixed(derivatives: Array, parts: Array) -> Array:
 
 def _along_units(kernel: Array, values: Array, kernel_axes: tuple[int, ...]) -> Array:
     """Contracts axes of ``kernel`` with those of ``values`` before the last, ``[..., i, m]`` or ``[..., g, j, m]``."""
-    value_axes = tuple(range(values.ndim - 1 - len(kernel_axes), values.ndim - 1))
-    result = jax.lax.dot_general(
-        kernel, values, ((kernel_axes, value_axes), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
+    axes = tuple(range(values.ndim - 1 - len(kernel_axes), values.ndim - 1))
+    dot = functools.partial(jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST)
+    if values.shape[-1] == 1:  # one column for many steps: a matrix product with the steps as rows
+        return dot(values[..., 0], kernel, ((axes, kernel_axes), ((), ())))[..., None]
+    result = dot(kernel, values, ((kernel_axes, axes), ((), ())))
     kept = kernel.ndim - len(kernel_axes)
     return jnp.moveaxis(result, tuple(range(kept)), tuple(range(-1 - kept, -1)))
-
-
-def _rank_to(array: Array, rank: int) -> Array:
-    return array.reshape((1,) * (rank - array.ndim) + array.shape)

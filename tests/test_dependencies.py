@@ -25,7 +25,8 @@ MINIATURE = {"hidden_size": 5, "steps": 4, "batch_size": 4, "evaluate_every": 2}
 DISTANCES = (5, 8)
 NAMES = ("vanilla", "GRU, chrono")
 RECALL = long_term_dependency.Config(RunConfig(task="language_recall", **MINIATURE), DISTANCES, 2, share_distance=8)
-ORDER = temporal_order.Config(RunConfig(task="temporal_order", optimizer="sgd", **MINIATURE), (10,), num_seeds=3)
+STARTS = ("small", "critical")
+ORDER = temporal_order.Config(RunConfig(task="temporal_order", optimizer="sgd", **MINIATURE), (10,), 3, STARTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +70,7 @@ def test_every_file_is_written(recall, order):
     written = tables("table_runs", "table_accuracy", "table_shares") | {"environment.json"}
     assert names_in(recall) == figures | arrays | written
     methods = ("sgd", "sgd_clipped", "sgd_clipped_penalty")
-    arrays = {f"{start}_{method}_10.npz" for start in ("small", "critical") for method in methods}
+    arrays = {f"{start}_{method}_10.npz" for start in STARTS for method in methods}
     assert names_in(order) == {"success_against_length.png", "environment.json"} | arrays | tables("table")
     for path in (*recall.path.glob("*.png"), *order.path.glob("*.png")):
         assert 0 < path.stat().st_size < 300_000
@@ -81,7 +82,7 @@ def test_networks_differ_in_what_their_names_say():
     cells = {name: config.make_cell() for name, config in configs.items()}
     assert cells["LSTM, chrono"].forget_bias.longest == cells["GRU, chrono"].forget_bias.longest == 13
     assert (cells["LSTM"].forget_bias, cells["GRU"].forget_bias) == (1.0, 0.0)
-    assert cells["vanilla, skip"].span == 3
+    assert cells["vanilla, skip"].span == 2
     network = configs["vanilla"].make_network(configs["vanilla"].make_task())
     weights = np.asarray(network.layers[0].recurrent_kernel[...])
     assert 0.8 / math.sqrt(5) < np.abs(weights).max() <= 1 / math.sqrt(5)
@@ -161,7 +162,7 @@ def test_horizon_gathers_nine_tenths():
 def test_table_of_temporal_order_rests_on_the_arrays(order):
     rows = rows_of(order.path / "table.csv")
     assert [(row["initialisation"], row["method"]) for row in rows] == [
-        (start, method) for start in temporal_order.INITIALIZATIONS for method in temporal_order.METHODS
+        (start, method) for start in STARTS for method in temporal_order.METHODS
     ]
     for row in rows:
         name = temporal_order.array_name(row["initialisation"], row["method"], 10)
@@ -261,7 +262,7 @@ def test_nothing_overlaps_and_what_cannot_be_drawn_is_counted(recall, order, tmp
     lost = {name: shares["vanilla"] | {"after": np.full((2, 13), np.nan)} for name in long_term_dependency.NETWORKS}
     rows = [
         temporal_order.row(start, method, 10, order.load_arrays(temporal_order.array_name(start, method, 10)))
-        for start in temporal_order.INITIALIZATIONS
+        for start in STARTS
         for method in temporal_order.METHODS
     ]
     figures = [
@@ -297,6 +298,7 @@ def test_bad_arrays_are_named():
         ("long_term_dependency", ["--distances=50,5"], "error: distances must ascend, at least one, got [50, 5]"),
         ("long_term_dependency", ["--distances=5"], "error: share_distance must be one of [5], got 50"),
         ("temporal_order", ["--lengths=20,9"], "error: lengths must ascend, at least one, got [20, 9]"),
+        ("temporal_order", ["--initializations=large"], "error: initializations must be one of"),
         ("temporal_order", ["--lengths=9"], "error: length does not suit task 'temporal_order'"),
     ],
 )

@@ -328,6 +328,8 @@ def test_remedies_for_vanishing_draw_medians_and_ranges():
     norm, score, *_ = figure.axes
     dots = [line for line in norm.get_lines() if line.get_marker() == "o" and line.get_transform() == norm.transData]
     assert sorted({float(line.get_xdata()[0]) for line in dots}) == [-25, 1]
+    reached = [line.get_xdata()[0] for line in score.get_lines() if line.get_marker() == "o"]
+    assert reached == [0.7] * 5
     assert sum(line.get_marker() == "<" for line in norm.get_lines()) == 5
     ranges = [line.get_xdata() for line in score.get_lines() if len(line.get_xdata()) == 2 and line.get_linewidth() > 1]
     assert all(list(ends) == [0.2, 0.9] for ends in ranges) and len(ranges) == 5

@@ -12,9 +12,7 @@ arguments and results. Float32 states, factorised in float64 (the default) excep
 import functools
 import itertools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 import rnnjax
 from experiments import options
+from experiments.benchmarks.turns import take_turns
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.serialization import format_table
 
@@ -81,23 +80,7 @@ def contestants(cell: rnnjax.Cell, num_steps: int) -> dict[str, tuple[Any, tuple
 
 def measured(cell: rnnjax.Cell, num_steps: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Returns first call, median and memory of every contestant, which take turns."""
-    programs = contestants(cell, num_steps)
-    results: dict[str, dict[str, Any]] = {name: {"times": []} for name in programs}
-    compiled = {}
-    for name, (program, arguments) in programs.items():
-        start = time.perf_counter()
-        compiled[name] = program.lower(*arguments).compile()
-        jax.block_until_ready(compiled[name](*arguments))
-        results[name]["first_call_s"] = time.perf_counter() - start
-        results[name]["temporary_bytes"] = getattr(compiled[name].memory_analysis(), "temp_size_in_bytes", None)
-    for _ in range(repeats):
-        for name, (_, arguments) in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(compiled[name](*arguments))
-            results[name]["times"].append(time.perf_counter() - start)
-    for result in results.values():
-        result["median_ms"] = 1e3 * statistics.median(result.pop("times"))
-    return results
+    return take_turns(contestants(cell, num_steps), repeats)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,0 +1,36 @@
+"""Contestants that take turns in one process, so that what slows the machine down slows all of them down."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+def take_turns(programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Returns first call, median time and memory of every program.
+
+    Args:
+      programs: by name, what ``jax.jit`` returns, and its arguments.
+      repeats: timed calls of each.
+
+    Returns:
+      By name: ``first_call_s``, compilation included; ``temporary_bytes`` beyond arguments and results, or None where
+      the device does not say; ``median_ms``.
+    """
+    results: dict[str, dict[str, Any]] = {name: {} for name in programs}
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    compiled = {}
+    for name, (program, arguments) in programs.items():
+        start = time.perf_counter()
+        compiled[name] = program.lower(*arguments).compile()
+        jax.block_until_ready(compiled[name](*arguments))
+        results[name]["first_call_s"] = time.perf_counter() - start
+        results[name]["temporary_bytes"] = getattr(compiled[name].memory_analysis(), "temp_size_in_bytes", None)
+    for _ in range(repeats):
+        for name, (_, arguments) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(compiled[name](*arguments))
+            times[name].append(time.perf_counter() - start)
+    return {name: result | {"median_ms": 1e3 * statistics.median(times[name])} for name, result in results.items()}
