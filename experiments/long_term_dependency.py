@@ -133,6 +133,13 @@ def saved(config: Config, workdir: Workdir, name: str) -> dict[int, dict[str, np
     return {distance: workdir.load_arrays(array_name(name, distance)) for distance in done}
 
 
+def worth_training(config: Config, workdir: Workdir, name: str, distance: int) -> bool:
+    """Returns whether a kind of network learned anything at the longest distance so far, from ``share_distance`` on."""
+    results = saved(config, workdir, name)
+    tried = [results[shorter] for shorter in results if config.share_distance <= shorter < distance]
+    return not tried or tried[-1]["held_out_accuracy"][:, -1].mean() >= 2 * config.task.baseline_accuracy
+
+
 def accuracy_arrays(results: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns the last held-out accuracies of one kind of network, ``[D, n]``, and their distances ``[D]``."""
     accuracies = [arrays["held_out_accuracy"][:, -1] for arrays in results.values()]
@@ -193,6 +200,7 @@ def _horizon(share: np.ndarray) -> float:
 
 CAPTION = """\
 Held-out accuracy in per cent after the last step: mean over the seeds (lowest–highest). Without memory: {baseline:.1f}.
+–: not trained, because the same network got less than twice that at a shorter distance (of {distance} or more).
 Shares of the loss gradient (signed, they sum to 1; medians over the seeds) at {distance} words: of lags below {short};
 of lags from {distance} on, where the word that decides is read; horizon: lag from which on 90 % is gathered.
 """
@@ -224,7 +232,8 @@ def run(config: Config, workdir: Workdir) -> int:
     try:
         for distance in config.distances:
             for name in NETWORKS:
-                train(config, workdir, name, distance)
+                if worth_training(config, workdir, name, distance):
+                    train(config, workdir, name, distance)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what follows is from the networks that are done\n")
         status = 130

@@ -209,7 +209,7 @@ if __name__ == "__main__":
     options.define_config_flags(*CONFIG_FLAGS, **DEFAULTS)
     flags.DEFINE_list("lengths", [str(length) for length in Config.lengths], "sequence lengths in steps")
     flags.DEFINE_integer("num_seeds", Config.num_seeds, "networks trained of each kind")
-    flags.DEFINE_list("initializations", Config.initializations, f"out of {', '.join(INITIALIZATIONS)}")
+    flags.DEFINE_list("initializations", list(Config.initializations), f"out of {', '.join(INITIALIZATIONS)}")
     flags.DEFINE_boolean(
         "full", False, f"lengths up to {FULL_LENGTHS[-1]}, {FULL_SEEDS} seeds, 5 million sequences, learning rate 0.01"
     )

@@ -6,6 +6,7 @@ from rnnjax.cells import AffineCell, Cell, CellParams, GRUCell, LeakyCell, LSTMC
 from rnnjax.clipping import ClippedState, clipped, clipping_state
 from rnnjax.composition import factor_product_over_mesh, multiply_products
 from rnnjax.covariant import CovariantVectors, covariant_vectors
+from rnnjax.diagnosis import Diagnosis, diagnose
 from rnnjax.gradient_flow import GradientFlow, gradient_flow
 from rnnjax.jacobians import autodiff_step_jacobians, step_jacobians, structured_jacobians
 from rnnjax.leading import LeadingSingularValues, leading_log_singular_values
@@ -26,6 +27,7 @@ __all__ = [
     "CellParams",
     "ClippedState",
     "CovariantVectors",
+    "Diagnosis",
     "FactoredProduct",
     "GRUCell",
     "GradientAlignment",
@@ -49,6 +51,7 @@ __all__ = [
     "clipped",
     "clipping_state",
     "covariant_vectors",
+    "diagnose",
     "factor_product",
     "factor_product_over_mesh",
     "gradient_alignment",

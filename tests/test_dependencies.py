@@ -151,6 +151,15 @@ def test_tables_of_recall_rest_on_the_arrays(recall):
             assert float(row[f"{moment}: lag ≥ 8"]) == pytest.approx(sum(shares[0][8:] + shares[1][8:]) / 2)
 
 
+def test_a_network_that_learned_nothing_is_spared_longer_distances(tmp_path):
+    workdir, config = Workdir.create(tmp_path / "results"), long_term_dependency.Config(share_distance=20)
+    for name, distance, accuracy in (("GRU", 10, 0.05), ("GRU", 20, 0.11), ("LSTM", 10, 0.05), ("LSTM", 20, 0.13)):
+        arrays = {"held_out_accuracy": np.array([[0.9, accuracy]])}
+        workdir.save_arrays(long_term_dependency.array_name(name, distance), **arrays)
+    for name, distance, worth in (("GRU", 20, True), ("GRU", 50, False), ("LSTM", 50, True), ("vanilla", 50, True)):
+        assert long_term_dependency.worth_training(config, workdir, name, distance) == worth
+
+
 def test_horizon_gathers_nine_tenths():
     share = np.zeros((1, 13))
     share[0, [0, 8, 10]] = 0.25, 0.6, 0.15

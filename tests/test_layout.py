@@ -193,7 +193,7 @@ def test_public_names_are_those_of_the_contract():
     contract = """
         LSTMCell VanillaCell GRUCell LeakyCell StepCell unroll trajectory step_jacobians factor_product
         log_singular_values log_spectral_norm spectral_profile lyapunov_spectrum leading_log_singular_values
-        multiply_products clipped
+        multiply_products clipped gradient_flow
     """
     assert set(contract.split()) <= set(rnnjax.__all__)
     assert len(set(rnnjax.__all__)) == len(rnnjax.__all__)
