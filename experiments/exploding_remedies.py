@@ -103,6 +103,15 @@ class Config:
             **{"clip_norm": 0.0} | STARTS[start] | REMEDIES[remedy],
         )
 
+    def runs(self, start: str) -> dict[str, RunConfig]:
+        """Returns the training runs from one start by remedy, without those that are the same as one before."""
+        found: dict[str, RunConfig] = {}
+        for remedy in self.remedies:
+            settings = self.run(start, remedy)
+            if settings not in found.values():
+                found[remedy] = settings
+        return found
+
 
 def train(name: str, run: RunConfig, num_seeds: int) -> dict[str, np.ndarray]:
     """Trains with one remedy; returns what is measured, by name, for n seeds and N steps.
@@ -149,9 +158,9 @@ def table_row(remedy: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         "gradient at start": spread(before[:, 0]),
         "largest": spread(_largest(before)),
         "largest clipped": spread(_largest(after)),
-        "skipped": spread(skipped.sum(axis=1)),
-        "loss jumps, 2nd half": spread(jumps[:, late].sum(axis=1)),
-        "log‖∂s_T/∂s_0‖ start": f"{np.median(arrays['log_spectral_norm'][:, 0]):.3g}",
+        "skipped": spread(skipped.sum(axis=1), digits=6),
+        "loss jumps, 2nd half": spread(jumps[:, late].sum(axis=1), digits=6),
+        "log‖∂s_T/∂s_0‖ start": f"{np.median(arrays['log_spectral_norm'][:, 0]):.3g}".replace("-", "−"),
         "end": spread(arrays["log_spectral_norm"][:, 1]),
         "loss": spread(arrays["loss"][:, -1]),
         "accuracy": spread(arrays["accuracy"][:, -1]),
@@ -225,9 +234,10 @@ def run(config: Config, workdir: Workdir) -> int:
     """Trains everything and writes all results below ``workdir``; returns the exit status."""
     try:
         for start in STARTS:
-            for index, remedy in enumerate(config.remedies):
-                label = f"{TITLES[start]} {index + 1}/{len(config.remedies)}, {remedy}"
-                arrays = train(label, config.run(start, remedy), config.num_seeds)
+            runs = config.runs(start)
+            for index, (remedy, settings) in enumerate(runs.items()):
+                label = f"{TITLES[start]} {index + 1}/{len(runs)}, {remedy}"
+                arrays = train(label, settings, config.num_seeds)
                 workdir.save_arrays(file_name(start, remedy), **arrays)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the report is of what is done\n")

@@ -27,7 +27,7 @@ from rnnjax.workdir import Workdir
 
 FLAGS = flags.FLAGS
 SLOW, FAST = {"learning_rate": 3e-3}, {"learning_rate": 1e-2}
-"""Of these two the one at which a kind of network learns better."""
+"""Of these two the one at which a kind of network learned better in a few short trials."""
 BY_LENGTH = "by length"
 """In place of a setting: the longest memory of chrono gates is the sequence length, the span of a skip a quarter of the
 distance, so that four of them bridge it."""

@@ -192,11 +192,11 @@ def table_row(kind: str, remedy: str, arrays: dict[str, np.ndarray]) -> dict[str
     return row | {"solved": f"{count}/{len(solved)}", "steps": spread(solved[np.isfinite(solved)])}
 
 
-def spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray, digits: int = 3) -> str:
     """Returns the median and, in brackets, the smallest and the largest of some values; a dash where there are none."""
     if len(values) == 0:
         return "–"
-    shown = [f"{value:.3g}" for value in (np.median(values), np.min(values), np.max(values))]
+    shown = [f"{value:.{digits}g}" for value in (np.median(values), np.min(values), np.max(values))]
     return "{} [{}, {}]".format(*shown).replace("-", "−")
 
 

@@ -27,7 +27,8 @@ _ROW_HEIGHT = 0.21
 def remedies_for_vanishing(tasks: Mapping[str, Runs], kinds: Mapping[str, str]) -> "Figure":
     r"""Draws log ‖∂s_T/∂s_0‖₂ before and after training beside the accuracy, a row for each remedy.
 
-    Dots are medians over the seeds, bars reach from the smallest to the largest. A norm of zero is at the left edge.
+    Dots are medians over the seeds, bars reach from the smallest to the largest. Norms of zero are left out of both and
+    marked at the left edge.
 
     Args:
       tasks: title -> remedy -> ``log_spectral_norm [n, 2]`` in nats, before and after training, held-out ``accuracy
@@ -52,7 +53,7 @@ def remedies_for_vanishing(tasks: Mapping[str, Runs], kinds: Mapping[str, str]) 
     if missing:
         raise ValueError(f"kinds must name the kind of every remedy; missing: {', '.join(missing)}")
     figure, grid = _rows_figure(checked, names)
-    for column, (title, runs) in enumerate(checked.items()):
+    for column, runs in enumerate(checked.values()):
         norm, score = grid[2 * column : 2 * column + 2]
         before, after = ({name: run["log_spectral_norm"][:, i] for name, run in runs.items()} for i in (0, 1))
         dots_and_ranges(norm, names, before, color=_BEFORE, filled=False, offset=-0.16)
@@ -61,8 +62,8 @@ def remedies_for_vanishing(tasks: Mapping[str, Runs], kinds: Mapping[str, str]) 
         norm.axvline(0, color="0.4", linewidth=0.8, zorder=1)
         score.axvline(float(next(iter(runs.values()))["baseline_accuracy"]), color="0.4", linewidth=0.8, linestyle=":")
         score.set_xlim(-0.03, 1.03)
-        norm.set(xlabel=r"$\log\,\Vert\partial s_T\,/\,\partial s_0\Vert_2$ (nats)", title=title)
-        score.set(xlabel="held-out accuracy", title=title)
+        norm.set_xlabel(r"$\log\,\Vert\partial s_T\,/\,\partial s_0\Vert_2$ (nats)")
+        score.set_xlabel("held-out accuracy")
     _shade_kinds(grid, [kinds[name] for name in names])
     styles = {"before training": _dot(_BEFORE, filled=False), "after training": _dot(_AFTER)}
     drawing.add_legend(figure, styles | {"no memory": {"color": "0.4", "linestyle": ":", "linewidth": 0.8}})
@@ -114,8 +115,8 @@ def gradient_norms_by_remedy(runs: Runs) -> "Figure":
 def results_by_remedy(starts: Mapping[str, Runs]) -> "Figure":
     """Draws the held-out loss after training and the share of steps skipped, a row for each remedy.
 
-    Dots are medians over the seeds, bars reach from the smallest to the largest; a cross at the right edge is a seed
-    whose loss is no number, or infinite.
+    Dots are medians over the seeds whose loss is finite, bars reach from the smallest to the largest; a cross at the
+    right edge says that there is a seed whose loss is no number, or infinite.
 
     Args:
       starts: title -> remedy -> held-out ``loss [n, E]``, of which the last is drawn, ``skipped [n, N]``, 1 at the
@@ -135,7 +136,7 @@ def results_by_remedy(starts: Mapping[str, Runs]) -> "Figure":
     checked = _checked_groups("starts", starts, _RESULTS)
     names = list(dict.fromkeys(name for runs in checked.values() for name in runs))
     figure, grid = _rows_figure(checked, names)
-    for column, (title, runs) in enumerate(checked.items()):
+    for column, runs in enumerate(checked.values()):
         loss, share = grid[2 * column : 2 * column + 2]
         last = {name: run["loss"][:, -1] for name, run in runs.items()}
         loss.set_xscale("log")
@@ -149,8 +150,8 @@ def results_by_remedy(starts: Mapping[str, Runs]) -> "Figure":
         share.set_xlim(-0.05, 1.05)
         loss.axvline(float(next(iter(runs.values()))["baseline_loss"]), color="0.4", linewidth=0.8, linestyle=":")
         _few_powers_of_ten(loss)
-        loss.set(xlabel="held-out loss", title=title)
-        share.set(xlabel="share of steps skipped", title=title)
+        loss.set_xlabel("held-out loss")
+        share.set_xlabel("share of steps skipped")
     memoryless = {"no memory": {"color": "0.4", "linestyle": ":", "linewidth": 0.8}}
     drawing.add_legend(figure, memoryless | {"a seed whose loss is not finite": _cross()})
     return figure
@@ -195,7 +196,8 @@ def _rows_figure(groups: Mapping[str, Any], names: Sequence[str]) -> tuple["Figu
     """Returns a figure with two panels for each group, whose rows are the names from top to bottom."""
     height = 0.9 + _ROW_HEIGHT * len(names)
     figure, grid = drawing.new_figure(1, 2 * len(groups), height=height, sharey=True)
-    for axes in grid[0]:
+    for axes, title in zip(grid[0], (title for title in groups for _ in range(2)), strict=True):
+        axes.set_title(title, fontsize="small")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -207,8 +209,12 @@ def _rows_figure(groups: Mapping[str, Any], names: Sequence[str]) -> tuple["Figu
 def _few_powers_of_ten(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(base=10, numticks=5))
+    low, high = axes.get_xlim()
+    narrow = high < 100 * low
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 3) if narrow else (1,), numticks=5))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    if narrow:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _shade_kinds(row: np.ndarray, kinds: Sequence[str]) -> None:

@@ -44,7 +44,10 @@ class RecurrentLayer(nnx.Module):
         params = cell.init(rngs.params(), input_size, dtype)
         # Once weights are drawn the initialisers matter no more: without them, networks that differ in nothing else
         # share their compiled code.
-        self.cell = dataclasses.replace(cell, input_initializer=Glorot(), recurrent_initializer=Orthogonal())
+        start: dict[str, Any] = {"input_initializer": Glorot(), "recurrent_initializer": Orthogonal()}
+        if any(field.name == "forget_bias" for field in dataclasses.fields(cell)):
+            start["forget_bias"] = 0.0
+        self.cell = dataclasses.replace(cell, **start)
         self.input_kernel = nnx.Param(params.input_kernel)
         self.recurrent_kernel = nnx.Param(params.recurrent_kernel)
         self.bias = nnx.Param(params.bias)

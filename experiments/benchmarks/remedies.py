@@ -102,9 +102,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_enum(
-        "cells", ["vanilla", "gru", "lstm"], ["vanilla", "leaky", "skip", "gru", "lstm"], "which cells"
-    )
+    flags.DEFINE_multi_enum("cells", ["vanilla", "gru", "lstm"], list(CELLS), "which cells")
     flags.DEFINE_integer("hidden_size", 64, "number of units H")
     flags.DEFINE_integer("num_steps", 100, "number of steps T")
     flags.DEFINE_integer("repeats", 15, "timed calls of each contestant")
