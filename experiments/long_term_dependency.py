@@ -62,7 +62,7 @@ class Config:
     """
 
     training: RunConfig = dataclasses.field(default_factory=lambda: RunConfig(task="language_recall", **DEFAULTS))
-    distances: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    distances: tuple[int, ...] = (5, 20, 50, 100, 200)
     num_seeds: int = 3
     share_distance: int = 50
 
