@@ -70,7 +70,7 @@ class Config:
     hidden_size: int = 32
     batch_size: int = 32
     learning_rate: float = 0.005
-    num_evaluations: int = 20
+    num_evaluations: int = 10
     seed: int = 0
     kinds: tuple[str, ...] = KINDS
 

@@ -370,3 +370,15 @@ def test_impossible_settings(name, value, allowed):
 def test_impossible_ways_to_take_the_gradient(name, allowed):
     with pytest.raises(ValueError, match=f"^{name} must be {allowed}.*, got 0"):
         BackpropagationSettings(**{name: 0})
+
+
+def test_a_skipped_step_says_where_its_first_non_finite_value_arose():
+    """Linear units of gain 10^15 overflow at the third step after the first input, layer 0, on the way forward."""
+    cell = rnnjax.VanillaCell(H, activation="identity", recurrent_initializer=rnnjax.initializers.Orthogonal(1e15))
+    network, rows = RecurrentNetwork(cell, 1, input_size=2, rngs=nnx.Rngs(0)), []
+    settings = FitSettings(steps=2, batch_size=B, evaluate_every=2)
+    fit(network, TASK, OPTIMIZER, settings, on_step=lambda step, row: rows.append(row))
+    for row in rows:
+        assert row["skipped"] and row["non_finite_pass"] == "forward"
+        assert (row["non_finite_layer"], row["non_finite_step"]) == (0, 3)
+    assert rows[-1]["nonfinite_steps"] == 2
