@@ -1,5 +1,6 @@
 """Strict settings for every test: no silent broadcasting, no silent promotion, no setting left changed."""
 
+import gc
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # Before anything imports matplotlib: tests run without a screen.
@@ -30,6 +31,14 @@ def unchanged_jax_config():
     for name, (value, _) in changed.items():
         jax.config.update(name, value)
     assert not changed, f"the test left JAX settings changed (before, after): {changed}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_let_go():
+    """Frees the programs of a file: each maps memory of its own, and a process may have 65,530 maps on Linux."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(params=["float32", "float64"])

@@ -14,6 +14,8 @@ import rnnjax
 from experiments.benchmarks import accuracy, spectra
 from rnnjax import testing
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

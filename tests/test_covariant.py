@@ -11,6 +11,8 @@ import rnnjax
 from rnnjax.covariant import covariant_vectors
 from rnnjax.lyapunov import lyapunov_spectrum
 
+pytestmark = pytest.mark.slow
+
 
 def linear_step(_, state, inputs):
     state = inputs.reshape(state.size, state.size) @ state

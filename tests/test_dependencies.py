@@ -20,6 +20,8 @@ from rnnjax.configuration import RunConfig
 from rnnjax.workdir import Workdir
 from tests.figure_checks import curves, outside, overlaps
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MINIATURE = {"hidden_size": 5, "steps": 4, "batch_size": 4, "evaluate_every": 2}
 DISTANCES = (5, 8)

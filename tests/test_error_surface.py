@@ -23,6 +23,8 @@ from rnnjax import remedy_plots
 from rnnjax.workdir import Workdir
 from tests.figure_checks import outside, overlaps
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIG = error_surface.Config(num_updates=110, num_points=9, num_starts=3)
 STEP = CONFIG.learning_rate * CONFIG.max_norm

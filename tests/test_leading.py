@@ -10,6 +10,8 @@ import pytest
 import rnnjax
 from rnnjax import leading_log_singular_values
 
+pytestmark = pytest.mark.slow
+
 CELLS = {
     "vanilla": lambda dtype: rnnjax.VanillaCell(20),
     "lstm": lambda dtype: rnnjax.LSTMCell(10),

@@ -19,6 +19,8 @@ import rnnjax
 from experiments import lyapunov_spectra
 from rnnjax.workdir import Workdir
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIG = lyapunov_spectra.Config(
     num_units=24,

@@ -21,6 +21,8 @@ from rnnjax.configuration import RunConfig
 from rnnjax.workdir import Workdir
 from tests.figure_checks import outside, overlaps
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 VANISHING = vanishing_remedies.Config(
     num_seeds=2,
