@@ -41,7 +41,15 @@ TRAINING_KEYS = {
 }
 HELD_OUT_KEYS = {"held_out_loss", "held_out_accuracy"}
 MONITOR_KEYS = {
-    *("regime", "exponent", "exponent_standard_error", "log_spectral_norm", "finite_time_exponents", "saturated_share"),
+    *(
+        "regime",
+        "regime_confidence",
+        "exponent",
+        "exponent_standard_error",
+        "log_spectral_norm",
+        "finite_time_exponents",
+        "saturated_share",
+    ),
     *("hidden_gradient_norm_first", "hidden_gradient_norm_last", "kernel_spectral_norm", "kernel_spectral_radius"),
 }
 
