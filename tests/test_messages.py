@@ -73,8 +73,8 @@ def no_trajectory(monkeypatch):
         (lambda: rnnjax.unroll(GRU, {}, INPUTS), "^params must be CellParams as GRUCell.init makes them, got dict$"),
         (lambda: STEP.apply({"decay": 0.5}, {"h": jnp.zeros(D)}, jnp.ones(D)), r"^carry must be like one array"),
         (
-            lambda: rnnjax.unroll(STEP, {"decay": 0.5}, INPUTS[..., :1], perturbations=INPUTS),
-            "^perturbations needs an affine cell, .* got StepCell$",
+            lambda: rnnjax.unroll(STEP, {"decay": 0.5}, INPUTS[..., :1], perturbations={"h": INPUTS}),
+            "^perturbations must be like one array .*, got {'h': float32",
         ),
     ],
 )
