@@ -162,6 +162,7 @@ def main(argv: Sequence[str]) -> int:
             settings |= {"steps": 4 * settings["steps"], "num_seeds": 5, "hidden_size": 64}
         config = Config(**settings)
         config.run_config()
+        options.check_packages("", tensorboard=False)
         workdir = Workdir.create(FLAGS.workdir)
         workdir.write_config(config)
     return run(config, workdir)
