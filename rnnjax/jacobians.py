@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell, CellParams
-from rnnjax.cells.base import split_gates
+from rnnjax.local_derivatives import PointwiseProgram
 from rnnjax.operators import Jacobians, LinearizedJacobians, StructuredJacobians, check_finite
 from rnnjax.typing import Array, Carry, Params
 from rnnjax.unroll import Trajectory
@@ -122,9 +122,12 @@ def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Traje
     """
     with jax.default_matmul_precision("highest"):
         before = trajectory.starts(cell)
-        from_inputs = split_gates(cell.prepare_inputs(params, trajectory.inputs))
-        recurrent = split_gates(cell.recurrent_preactivation(params, cell.hidden(before)))
-    by_carry, by_gate = _controlled(trajectory, *_unit_derivatives(cell, before, from_inputs, recurrent))
+        from_inputs = cell.prepare_inputs(params, trajectory.inputs)
+        recurrent = cell.recurrent_preactivation(params, cell.hidden(before))
+    leaves = jax.tree.leaves(before)
+    program = PointwiseProgram(cell, leaves[0].shape, leaves[0].dtype, exact=True)
+    _, local = program.value_and_derivatives(leaves, from_inputs, recurrent)
+    by_carry, by_gate = _controlled(trajectory, local.by_old_carry(), local.by_recurrent())
     return StructuredJacobians(by_carry, by_gate, params.recurrent_kernel)
 
 
@@ -212,27 +215,6 @@ def _structured_step_jacobians(cell: AffineCell, params: CellParams, trajectory:
 @jax.jit
 def _autodiff_step_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> Array:
     return linearized_jacobians(cell, params, trajectory).dense()
-
-
-def _unit_derivatives(
-    cell: AffineCell, carry: Carry, from_inputs: tuple[Array, ...], recurrent: tuple[Array, ...]
-) -> tuple[Array, Array]:
-    """Returns P ``[..., C, C, H]`` and D ``[..., C, G, H]``, row by row.
-
-    Unit j reads unit j alone, so that the gradient of the sum over all units holds the derivative of each.
-    """
-
-    def row(index: int) -> tuple[Array, Array]:
-        def carried(carry: Carry, recurrent: tuple[Array, ...]) -> Array:
-            return jax.tree.leaves(cell.pointwise(carry, from_inputs, recurrent))[index]
-
-        value, pull_back = jax.vjp(carried, carry, recurrent)
-        by_carry, by_gate = pull_back(jnp.ones_like(value))
-        return jnp.stack(jax.tree.leaves(by_carry), axis=-2), jnp.stack(by_gate, axis=-2)
-
-    rows = [row(index) for index in range(cell.num_carries)]
-    by_carry, by_gate = zip(*rows, strict=True)
-    return jnp.stack(by_carry, axis=-3), jnp.stack(by_gate, axis=-3)
 
 
 def _at_least_float32(tree: Any) -> Any:

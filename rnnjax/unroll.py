@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from rnnjax import validation
-from rnnjax.cells import AffineCell, Cell
+from rnnjax.affine_scan import Sequence, scan_affine
+from rnnjax.cells import AffineCell, Cell, CellParams
+from rnnjax.controls import Controls, make_controls, where, without_padding
 from rnnjax.cotangents import clip_cotangent
 from rnnjax.typing import Array, Carry, Params
 
@@ -34,36 +36,7 @@ class Trajectory:
         if self.resets is None:
             return before
         initial = cell.initialize_carry(self.resets.shape, jax.tree.leaves(before)[0].dtype)
-        return _where(self.resets, jax.tree.map(lambda new, old: new.astype(old.dtype), initial, before), before)
-
-
-@flax.struct.dataclass
-class _Controls:
-    """What happens to the carry around each step; None where nothing does.
-
-    Attributes:
-      active: bool ``[T, ...]``; where false, the carry stands still and the output is zero.
-      reset: bool ``[T, ...]``; where true, the carry is initialised again before the step.
-      window_start: bool ``[T]`` or ``[T, ...]``; where true, no gradient passes from the step to those before it.
-    """
-
-    active: Array | None
-    reset: Array | None
-    window_start: Array | None
-
-    def enter(self, carry: Carry, initial: Carry) -> Carry:
-        """Returns the carry that a step starts from."""
-        if self.reset is not None:
-            carry = _where(self.reset, initial, carry)
-        if self.window_start is not None:
-            carry = _where(self.window_start, jax.lax.stop_gradient(carry), carry)
-        return carry
-
-    def leave(self, before: Carry, after: Carry, output: Any) -> tuple[Carry, Any]:
-        """Returns the carry and output that a step ends with."""
-        if self.active is None:
-            return after, output
-        return _where(self.active, after, before), _where(self.active, output, jax.tree.map(jnp.zeros_like, output))
+        return where(self.resets, jax.tree.map(lambda new, old: new.astype(old.dtype), initial, before), before)
 
 
 def unroll(
@@ -183,12 +156,12 @@ def trajectory(
 @jax.jit
 def _carries(
     cell: Cell, params: Params, inputs: Any, carry: Carry | None, lengths: Array | None, resets: Array | None
-) -> tuple[Carry, _Controls]:
+) -> tuple[Carry, Controls]:
     with jax.default_matmul_precision("highest"):
         reset_carry, initial = (_initial_carry(cell, params, inputs, start) for start in (None, carry))
-        controls = _controls(jax.tree.leaves(inputs)[0].shape[0], lengths, resets, None, False)
+        controls = make_controls(jax.tree.leaves(inputs)[0].shape[0], lengths, resets, None, False)
 
-        def step(carry: Carry, xs: tuple[Any, _Controls]) -> tuple[Carry, Carry]:
+        def step(carry: Carry, xs: tuple[Any, Controls]) -> tuple[Carry, Carry]:
             prepared, control = xs
             after, output = cell.step(params, control.enter(carry, reset_carry), prepared)
             after, _ = control.leave(carry, after, output)
@@ -215,10 +188,12 @@ def _unroll_steps(
     reset_carry = _initial_carry(cell, params, inputs, None)
     carry = _initial_carry(cell, params, inputs, carry)
     num_steps = jax.tree.leaves(inputs)[0].shape[0]
-    controls = _controls(num_steps, lengths, resets, truncation, reverse)
+    controls = make_controls(num_steps, lengths, resets, truncation, reverse)
+    if isinstance(cell, AffineCell) and max_carry_gradient is None:
+        return _unroll_affine(cell, params, inputs, carry, controls, perturbations, reverse)
     num_batch_axes = len(cell.batch_shape(inputs))
 
-    def step(carry: Carry, xs: tuple[Any, _Controls, Any]) -> tuple[Carry, Any]:
+    def step(carry: Carry, xs: tuple[Any, Controls, Any]) -> tuple[Carry, Any]:
         prepared, control, perturbation = xs
         if max_carry_gradient is not None:
             carry = clip_cotangent(carry, max_carry_gradient, num_batch_axes)
@@ -228,6 +203,25 @@ def _unroll_steps(
         return control.leave(carry, after, output)
 
     return jax.lax.scan(step, carry, (cell.prepare_inputs(params, inputs), controls, perturbations), reverse=reverse)
+
+
+def _unroll_affine(
+    cell: AffineCell,
+    params: CellParams,
+    inputs: Array,
+    carry: Carry,
+    controls: Controls,
+    perturbations: Any,
+    reverse: bool,
+) -> tuple[Carry, Array]:
+    leaves, structure = jax.tree.flatten(carry)
+    # An array alone is for h, the first leaf.
+    added = [p.astype(leaf.dtype) for p, leaf in zip(jax.tree.leaves(perturbations), leaves, strict=False)]
+    sequence = Sequence(params, inputs.astype(params.input_kernel.dtype), leaves, added)
+    last, hidden = scan_affine(cell, reverse, sequence, controls)
+    if controls.active is not None:
+        hidden = where(controls.active, hidden, jnp.zeros_like(hidden))
+    return jax.tree.unflatten(structure, last), hidden
 
 
 _unroll = jax.jit(_unroll_steps, static_argnames=("truncation", "reverse", "max_carry_gradient"))
@@ -241,7 +235,7 @@ def _checked_controls(
     if lengths is not None:
         lengths = jnp.asarray(lengths)
         validation.lengths("lengths", lengths, batch_shape, num_steps)
-        inputs = _without_padding(inputs, lengths)
+        inputs = without_padding(inputs, lengths)
     if resets is not None:
         validation.shape("resets", resets, (num_steps, *batch_shape))
         resets = jnp.asarray(resets, bool)
@@ -253,40 +247,6 @@ def _initial_carry(cell: Cell, params: Params, inputs: Any, carry: Carry | None)
     if carry is None:
         return initial
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(like.dtype), carry, initial)
-
-
-def _controls(
-    num_steps: int, lengths: Array | None, resets: Array | None, truncation: int | None, reverse: bool
-) -> _Controls:
-    active = None if lengths is None else _before_length(num_steps, lengths)
-    processed = jnp.arange(num_steps)
-    if reverse:  # a sequence that is shorter starts, and counts its windows from, its own last step
-        processed = processed[::-1] if lengths is None else lengths[None] - 1 - _time_axis(num_steps, lengths)
-    window_start = None if truncation is None else processed % truncation == 0
-    return _Controls(active, resets, window_start)
-
-
-def _before_length(num_steps: int, lengths: Array) -> Array:
-    """Returns the bool mask ``[T, ...]`` of the steps before each sequence's length."""
-    return _time_axis(num_steps, lengths) < lengths[None]
-
-
-def _time_axis(num_steps: int, lengths: Array) -> Array:
-    return jnp.arange(num_steps).reshape(-1, *(1,) * lengths.ndim)
-
-
-def _without_padding(inputs: Any, lengths: Array) -> Any:
-    """Replaces inputs past each length by the sequence's first: a NaN there would make the masked gradients NaN.
-
-    Zeros would not do, since a step of the user's own, such as x/‖x‖, may have no derivative there.
-    """
-
-    def filled(x: Array) -> Array:
-        first = jax.lax.stop_gradient(jnp.asarray(x[:1]))
-        filler = _where(lengths[None] > 0, first, jnp.zeros_like(first))
-        return _where(_before_length(x.shape[0], lengths), x, filler)
-
-    return jax.tree.map(filled, inputs)
 
 
 def _perturb(cell: Cell, carry: Carry, output: Any, perturbation: Any) -> tuple[Carry, Any]:
@@ -302,12 +262,3 @@ def _check_perturbations(cell: Cell, perturbations: Any, leading: tuple[int, ...
         validation.shape("perturbations", perturbations, (*leading, cell.hidden_size))
     else:
         validation.same_shapes("perturbations", perturbations, jax.eval_shape(lambda: cell.initialize_carry(leading)))
-
-
-def _where(condition: Array, on_true: Any, on_false: Any) -> Any:
-    """Selects whole pytrees by a condition over their leading axes."""
-
-    def select(a: Array, b: Array) -> Array:
-        return jnp.where(jnp.reshape(condition, condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
-
-    return jax.tree.map(select, on_true, on_false)

@@ -237,8 +237,8 @@ def test_unroll_does_not_retrace_and_works_under_jit(monkeypatch):
     second = run(rnnjax.LeakyCell(H, leak=0.4), params, inputs, carry)
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(first, unroll(CELLS["leaky"], params, inputs, carry, lengths=LENGTHS)[1])
-    traced, original = [], rnnjax.LeakyCell.step
-    monkeypatch.setattr(rnnjax.LeakyCell, "step", lambda *rest: traced.append(1) or original(*rest))
+    traced, original = [], rnnjax.LeakyCell.pointwise
+    monkeypatch.setattr(rnnjax.LeakyCell, "pointwise", lambda *rest: traced.append(1) or original(*rest))
     for _ in range(3):  # Equal cells made anew share one compiled program.
         unroll(rnnjax.LeakyCell(H, leak=0.123), params, inputs, carry)
     assert len(traced) == 1

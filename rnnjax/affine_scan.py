@@ -1,0 +1,193 @@
+"""The scan of an affine cell, with a derivative of its own.
+
+The scan goes chunk by chunk: the input projections of a chunk are one matmul, its steps follow one by one, and when it
+is differentiated each step leaves its local derivatives behind, K for the pre-activations and P for the carry. The
+tangent of step t is then linear,
+
+    ds_t = P_t ds_{t−1} + K_t (dh_{t−1} U + dz_t),        dz_t = x_t dW + dx_t W + db + h_{t−1} dU,
+
+so that dz is matmuls for a whole chunk, and the transposed scan carries the cotangent of the state alone: the gradients
+of all weights are matmuls for a whole chunk too. JAX transposes the tangent for reverse mode, and since it is made of
+ordinary operations, forward mode, higher derivatives, ``vmap`` and ``jax.checkpoint`` hold as they do elsewhere.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from rnnjax.cells import AffineCell, CellParams
+from rnnjax.controls import Controls, where
+from rnnjax.local_derivatives import LocalDerivatives, PointwiseProgram, only_gates
+from rnnjax.typing import Array
+
+_CHUNK_BYTES = 2**20
+"""Size of a chunk's pre-activations, so that they stay in a processor's cache."""
+
+
+@flax.struct.dataclass
+class Sequence:
+    """What a scan depends on.
+
+    Attributes:
+      params: the weights.
+      inputs: ``[T, ..., D]``.
+      carry: the carry before the first step.
+      perturbations: added to the first leaves of each new carry, leaves ``[T, ..., H]``.
+    """
+
+    params: CellParams
+    inputs: Array
+    carry: list[Array]
+    perturbations: list[Array]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def scan_affine(cell: AffineCell, reverse: bool, sequence: Sequence, controls: Controls) -> tuple[list[Array], Array]:
+    """Returns the last carry, leaf by leaf, and the hidden state of every step ``[T, ..., H]``."""
+    last, (hidden, _) = _forward(cell, reverse, sequence, controls, derivatives=False)
+    return last, hidden
+
+
+def _forward(
+    cell: AffineCell, reverse: bool, sequence: Sequence, controls: Controls, *, derivatives: bool
+) -> tuple[list[Array], tuple[Array, LocalDerivatives | None]]:
+    params = sequence.params
+    shape, dtype = sequence.carry[0].shape, sequence.carry[0].dtype
+    program = PointwiseProgram(cell, shape, dtype, exact=False)
+    initial = jax.tree.leaves(cell.initialize_carry(shape[:-1], dtype))
+
+    def step(carry: list[Array], xs: Any) -> tuple[list[Array], Any]:
+        from_inputs, control, perturbations = xs
+        start, local = control.enter(carry, initial), None
+        recurrent = cell.recurrent_preactivation(params, start[0])
+        if derivatives:
+            after, local = program.value_and_derivatives(start, from_inputs, recurrent)
+        else:
+            after = program.value(start, from_inputs, recurrent)
+        after = _perturbed(after, perturbations)
+        if control.active is not None:
+            after = where(control.active, after, carry)
+        return after, (after[0], local)
+
+    def chunk(carry: list[Array], xs: Any) -> tuple[list[Array], Any]:
+        inputs, *others = xs
+        prepared = cell.prepare_inputs(params, inputs)
+        return jax.lax.scan(step, carry, (prepared, *others), reverse=reverse)
+
+    xs = (sequence.inputs, controls, sequence.perturbations)
+    return _chunked_scan(chunk, sequence.carry, xs, _chunk_size(params, sequence.inputs), reverse)
+
+
+@functools.partial(scan_affine.defjvp, symbolic_zeros=True)
+def _jvp(
+    cell: AffineCell, reverse: bool, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
+) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
+    (sequence, controls), moved = primals, _known(tangents[0])
+    last, (hidden, local) = _forward(cell, reverse, sequence, controls, derivatives=True)
+    first = sequence.carry[0][None]
+    before = jnp.concatenate([hidden[1:], first] if reverse else [first, hidden[:-1]])
+    severed = _severed(controls, before)
+    if controls.reset is not None:
+        before = where(controls.reset, jnp.zeros_like(before), before)
+    transposed = jnp.transpose(sequence.params.recurrent_kernel, (1, 2, 0))
+
+    def step(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
+        local, active, severed, projected, perturbations = xs
+        start = carry if severed is None else where(severed, jax.tree.map(jnp.zeros_like, carry), carry)
+        recurrent = jnp.tensordot(start[0], transposed, axes=((-1,), (2,)))
+        if projected[0] is not None:
+            recurrent += projected[0]
+        after = local.times(start, recurrent, projected[1])
+        after = _perturbed(after, perturbations)
+        if active is not None:
+            after = where(active, after, carry)
+        return after, after[0]
+
+    def chunk(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
+        inputs, before, local, active, severed, moved_inputs, perturbations = xs
+        projected = _projected(sequence.params, moved.params, inputs, moved_inputs, before, local.summed)
+        return jax.lax.scan(step, carry, (local, active, severed, projected, perturbations), reverse=reverse)
+
+    carry = [jnp.zeros_like(p) if t is None else t for p, t in zip(sequence.carry, moved.carry, strict=True)]
+    xs = (sequence.inputs, before, local, controls.active, severed, moved.inputs, moved.perturbations)
+    size = _chunk_size(sequence.params, sequence.inputs)
+    return (last, hidden), _chunked_scan(chunk, carry, xs, size, reverse)
+
+
+def _known(tangents: Any) -> Any:
+    """Returns the tangents with None for zeros."""
+    return jax.tree.map(
+        lambda leaf: None if isinstance(leaf, SymbolicZero) else leaf,
+        tangents,
+        is_leaf=lambda leaf: isinstance(leaf, SymbolicZero),
+    )
+
+
+def _severed(controls: Controls, like: Array) -> Array | None:
+    """Returns where nothing passes from a step to those before it, bool ``[T, ...]``; None for nowhere."""
+    reset, start = controls.reset, controls.window_start
+    if reset is None or start is None:
+        return start if reset is None else reset
+    return reset | start.reshape(start.shape + (1,) * (reset.ndim - start.ndim))
+
+
+def _projected(
+    params: CellParams, moved: CellParams, inputs: Array, moved_inputs: Array | None, before: Array, summed: Any
+) -> tuple[Array | None, dict[int, Array]]:
+    """Returns the tangent of r, with that of u where the two are summed, and that of u for every other gate."""
+    shape = (*before.shape[:-1], *params.bias.shape)
+    from_inputs = [] if moved.input_kernel is None else [jnp.tensordot(inputs, moved.input_kernel, 1)]
+    if moved_inputs is not None:
+        from_inputs.append(jnp.tensordot(moved_inputs, params.input_kernel, 1))
+    if moved.bias is not None:
+        from_inputs.append(jnp.broadcast_to(moved.bias, shape))
+    recurrent = [] if moved.recurrent_kernel is None else [jnp.tensordot(before, moved.recurrent_kernel, 1)]
+    if moved.recurrent_bias is not None:
+        recurrent.append(jnp.broadcast_to(moved.recurrent_bias, shape))
+    if from_inputs:
+        total = functools.reduce(jnp.add, from_inputs)
+        recurrent.append(total if all(summed) else only_gates(total, summed))
+        alone = {gate: total[..., gate, :] for gate, is_summed in enumerate(summed) if not is_summed}
+    return (functools.reduce(jnp.add, recurrent) if recurrent else None), (alone if from_inputs else {})
+
+
+def _perturbed(carry: list[Array], perturbations: list[Any]) -> list[Array]:
+    added = [leaf if p is None else leaf + p for leaf, p in zip(carry, perturbations, strict=False)]
+    return added + carry[len(added) :]
+
+
+def _chunk_size(params: CellParams, inputs: Array) -> int:
+    """Returns how many steps a chunk has."""
+    if jax.default_backend() != "cpu":
+        return inputs.shape[0]
+    num_steps = inputs.shape[0]
+    step = params.bias.size * inputs[0, ..., 0].size * params.bias.dtype.itemsize
+    size = max(4, min(64, _CHUNK_BYTES // max(step, 1)))
+    # A chunk that is left over has its results copied.
+    even = [number for number in range(size // 2, 2 * size) if num_steps % number == 0]
+    return min(even, key=lambda number: abs(number - size), default=size)
+
+
+def _chunked_scan(
+    function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, size: int, reverse: bool
+) -> tuple[Any, Any]:
+    """Scans over chunks of ``size`` steps; a last one, in the order of processing, may be shorter."""
+    num_steps = jax.tree.leaves(xs)[0].shape[0]
+    number, rest = divmod(num_steps, size)
+    if number <= 1 and not (number == 1 and rest):
+        return function(carry, xs)
+    split = slice(rest, None) if reverse else slice(0, num_steps - rest)
+    remaining = slice(0, rest) if reverse else slice(num_steps - rest, None)
+    chunks = jax.tree.map(lambda x: x[split].reshape(number, size, *x.shape[1:]), xs)
+    carry, ys = jax.lax.scan(function, carry, chunks, reverse=reverse)
+    ys = jax.tree.map(lambda y: y.reshape(number * size, *y.shape[2:]), ys)
+    if not rest:
+        return carry, ys
+    carry, last = function(carry, jax.tree.map(lambda x: x[remaining], xs))
+    parts = (last, ys) if reverse else (ys, last)
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)
