@@ -11,8 +11,8 @@ of all weights are matmuls for a whole chunk too. JAX transposes the tangent for
 ordinary operations, forward mode, higher derivatives, ``vmap`` and ``jax.checkpoint`` hold as they do elsewhere.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -21,12 +21,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from rnnjax.cells import AffineCell, CellParams
+from rnnjax.chunks import scan_chunks
 from rnnjax.controls import Controls, where
 from rnnjax.local_derivatives import LocalDerivatives, PointwiseProgram, only_gates
 from rnnjax.typing import Array
 
 _CHUNK_BYTES = 2**20
 """Size of a chunk's pre-activations, so that they stay in a processor's cache."""
+_KERNELS = ("input_kernel", "recurrent_kernel")
 
 
 @flax.struct.dataclass
@@ -46,17 +48,40 @@ class Sequence:
     perturbations: list[Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class ScanSettings:
+    """How to scan.
+
+    Attributes:
+      reverse: from the last step to the first.
+      compute_dtype: dtype in which the factors of matrix products are taken; the products, the state, everything
+        pointwise and the gradients of the weights stay in the dtype of the weights.
+    """
+
+    reverse: bool = False
+    compute_dtype: Any = None
+
+    def rounded(self, params: CellParams) -> CellParams:
+        """Returns the weights with kernels in the dtype to multiply in."""
+        if self.compute_dtype is None:
+            return params
+        kernels = {name: getattr(params, name).astype(self.compute_dtype) for name in _KERNELS}
+        return dataclasses.replace(params, **kernels)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def scan_affine(cell: AffineCell, reverse: bool, sequence: Sequence, controls: Controls) -> tuple[list[Array], Array]:
+def scan_affine(
+    cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
+) -> tuple[list[Array], Array]:
     """Returns the last carry, leaf by leaf, and the hidden state of every step ``[T, ..., H]``."""
-    last, (hidden, _) = _forward(cell, reverse, sequence, controls, derivatives=False)
+    last, (hidden, _) = _forward(cell, settings, sequence, controls, derivatives=False)
     return last, hidden
 
 
 def _forward(
-    cell: AffineCell, reverse: bool, sequence: Sequence, controls: Controls, *, derivatives: bool
+    cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls, *, derivatives: bool
 ) -> tuple[list[Array], tuple[Array, LocalDerivatives | None]]:
-    params = sequence.params
+    params, reverse = settings.rounded(sequence.params), settings.reverse
     shape, dtype = sequence.carry[0].shape, sequence.carry[0].dtype
     program = PointwiseProgram(cell, shape, dtype, exact=False)
     initial = jax.tree.leaves(cell.initialize_carry(shape[:-1], dtype))
@@ -80,26 +105,25 @@ def _forward(
         return jax.lax.scan(step, carry, (prepared, *others), reverse=reverse)
 
     xs = (sequence.inputs, controls, sequence.perturbations)
-    return _chunked_scan(chunk, sequence.carry, xs, _chunk_size(params, sequence.inputs), reverse)
+    return scan_chunks(chunk, sequence.carry, xs, _chunk_size(params, sequence.inputs), reverse=reverse)
 
 
 @functools.partial(scan_affine.defjvp, symbolic_zeros=True)
 def _jvp(
-    cell: AffineCell, reverse: bool, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
+    cell: AffineCell, settings: ScanSettings, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
     (sequence, controls), moved = primals, _known(tangents[0])
-    last, (hidden, local) = _forward(cell, reverse, sequence, controls, derivatives=True)
+    last, (hidden, local) = _forward(cell, settings, sequence, controls, derivatives=True)
+    params, reverse, severed = settings.rounded(sequence.params), settings.reverse, _severed(controls)
     first = sequence.carry[0][None]
     before = jnp.concatenate([hidden[1:], first] if reverse else [first, hidden[:-1]])
-    severed = _severed(controls, before)
-    if controls.reset is not None:
-        before = where(controls.reset, jnp.zeros_like(before), before)
-    transposed = jnp.transpose(sequence.params.recurrent_kernel, (1, 2, 0))
+    before = controls.enter(before, jnp.zeros_like(before))
+    transposed = jnp.transpose(params.recurrent_kernel, (1, 2, 0))
 
     def step(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
         local, active, severed, projected, perturbations = xs
         start = carry if severed is None else where(severed, jax.tree.map(jnp.zeros_like, carry), carry)
-        recurrent = jnp.tensordot(start[0], transposed, axes=((-1,), (2,)))
+        recurrent = jnp.tensordot(start[0], transposed, axes=((-1,), (2,)), preferred_element_type=start[0].dtype)
         if projected[0] is not None:
             recurrent += projected[0]
         after = local.times(start, recurrent, projected[1])
@@ -110,13 +134,13 @@ def _jvp(
 
     def chunk(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
         inputs, before, local, active, severed, moved_inputs, perturbations = xs
-        projected = _projected(sequence.params, moved.params, inputs, moved_inputs, before, local.summed)
+        projected = _projected(params, moved.params, inputs, moved_inputs, before, local.summed)
         return jax.lax.scan(step, carry, (local, active, severed, projected, perturbations), reverse=reverse)
 
     carry = [jnp.zeros_like(p) if t is None else t for p, t in zip(sequence.carry, moved.carry, strict=True)]
     xs = (sequence.inputs, before, local, controls.active, severed, moved.inputs, moved.perturbations)
     size = _chunk_size(sequence.params, sequence.inputs)
-    return (last, hidden), _chunked_scan(chunk, carry, xs, size, reverse)
+    return (last, hidden), scan_chunks(chunk, carry, xs, size, reverse=reverse)
 
 
 def _known(tangents: Any) -> Any:
@@ -128,7 +152,7 @@ def _known(tangents: Any) -> Any:
     )
 
 
-def _severed(controls: Controls, like: Array) -> Array | None:
+def _severed(controls: Controls) -> Array | None:
     """Returns where nothing passes from a step to those before it, bool ``[T, ...]``; None for nowhere."""
     reset, start = controls.reset, controls.window_start
     if reset is None or start is None:
@@ -140,10 +164,11 @@ def _projected(
     params: CellParams, moved: CellParams, inputs: Array, moved_inputs: Array | None, before: Array, summed: Any
 ) -> tuple[Array | None, dict[int, Array]]:
     """Returns the tangent of r, with that of u where the two are summed, and that of u for every other gate."""
+    inputs, before = (x.astype(params.input_kernel.dtype).astype(x.dtype) for x in (inputs, before))
     shape = (*before.shape[:-1], *params.bias.shape)
     from_inputs = [] if moved.input_kernel is None else [jnp.tensordot(inputs, moved.input_kernel, 1)]
     if moved_inputs is not None:
-        from_inputs.append(jnp.tensordot(moved_inputs, params.input_kernel, 1))
+        from_inputs.append(jnp.tensordot(moved_inputs, params.input_kernel, 1, preferred_element_type=before.dtype))
     if moved.bias is not None:
         from_inputs.append(jnp.broadcast_to(moved.bias, shape))
     recurrent = [] if moved.recurrent_kernel is None else [jnp.tensordot(before, moved.recurrent_kernel, 1)]
@@ -171,23 +196,3 @@ def _chunk_size(params: CellParams, inputs: Array) -> int:
     # A chunk that is left over has its results copied.
     even = [number for number in range(size // 2, 2 * size) if num_steps % number == 0]
     return min(even, key=lambda number: abs(number - size), default=size)
-
-
-def _chunked_scan(
-    function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, size: int, reverse: bool
-) -> tuple[Any, Any]:
-    """Scans over chunks of ``size`` steps; a last one, in the order of processing, may be shorter."""
-    num_steps = jax.tree.leaves(xs)[0].shape[0]
-    number, rest = divmod(num_steps, size)
-    if number <= 1 and not (number == 1 and rest):
-        return function(carry, xs)
-    split = slice(rest, None) if reverse else slice(0, num_steps - rest)
-    remaining = slice(0, rest) if reverse else slice(num_steps - rest, None)
-    chunks = jax.tree.map(lambda x: x[split].reshape(number, size, *x.shape[1:]), xs)
-    carry, ys = jax.lax.scan(function, carry, chunks, reverse=reverse)
-    ys = jax.tree.map(lambda y: y.reshape(number * size, *y.shape[2:]), ys)
-    if not rest:
-        return carry, ys
-    carry, last = function(carry, jax.tree.map(lambda x: x[remaining], xs))
-    parts = (last, ys) if reverse else (ys, last)
-    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)

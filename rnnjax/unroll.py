@@ -1,5 +1,7 @@
 """Time: the only place where a sequence is scanned for states."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -7,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from rnnjax import validation
-from rnnjax.affine_scan import Sequence, scan_affine
+from rnnjax.affine_scan import ScanSettings, Sequence, scan_affine
 from rnnjax.cells import AffineCell, Cell, CellParams
+from rnnjax.chunks import scan_chunks
 from rnnjax.controls import Controls, make_controls, where, without_padding
 from rnnjax.cotangents import clip_cotangent
-from rnnjax.typing import Array, Carry, Params
+from rnnjax.typing import Array, Carry, DType, Params
 
 
 @flax.struct.dataclass
@@ -51,6 +54,8 @@ def unroll(
     reverse: bool = False,
     perturbations: Any = None,
     max_carry_gradient: float | None = None,
+    checkpoint_every: int | None = None,
+    compute_dtype: DType | None = None,
 ) -> tuple[Carry, Any]:
     """Runs a cell over a sequence.
 
@@ -78,13 +83,18 @@ def unroll(
       max_carry_gradient: clipping inside backpropagation through time: the largest norm of the gradient ∂L/∂s_t that
         the steps after t may hand back to step t, for each sequence on its own; None for no bound. What a loss sends
         into the output of step t itself is not clipped. Reverse mode only.
+      checkpoint_every: keep the carry of every n-th step alone for the backward pass, which computes all else again: a
+        forward pass more, for memory that grows with T/n + n states instead of T. None to keep every step.
+      compute_dtype: dtype of the factors of matrix products, for affine cells: with ``bfloat16`` and float32 weights,
+        sums, states and gradients stay float32. None for that of the weights.
 
     Returns:
       The carry after the last processed step, and the outputs ``[T, ..., H]``.
 
     Raises:
       ValueError: shapes that do not fit the cell, T = 0, lengths out of range, a truncation below 1, non-finite inputs,
-        weights or carry, a ``max_carry_gradient`` that is not a positive finite number.
+        weights or carry, a ``max_carry_gradient`` that is not a positive finite number, a ``checkpoint_every`` below 1,
+        a ``compute_dtype`` that is not floating or given for a cell that is not affine.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -103,10 +113,15 @@ def unroll(
         _check_perturbations(cell, perturbations, leading)
     if max_carry_gradient is not None:
         max_carry_gradient = validation.positive_number("max_carry_gradient", max_carry_gradient)
+    if checkpoint_every is not None:
+        validation.positive_integer("checkpoint_every", checkpoint_every)
+    if compute_dtype is not None:
+        compute_dtype = _checked_compute_dtype(cell, compute_dtype)
     for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
         validation.finite(name, value)
     arrays = (params, inputs, carry, lengths, resets, perturbations)
-    return _unroll(cell, *arrays, truncation=truncation, reverse=reverse, max_carry_gradient=max_carry_gradient)
+    scan = _Scan(ScanSettings(reverse, compute_dtype), truncation, max_carry_gradient, checkpoint_every)
+    return _unroll(cell, scan, *arrays)
 
 
 def trajectory(
@@ -172,59 +187,85 @@ def _carries(
     return carries, controls
 
 
-def _unroll_steps(
+@dataclasses.dataclass(frozen=True)
+class _Scan:
+    """How ``unroll`` goes through time."""
+
+    settings: ScanSettings
+    truncation: int | None
+    max_carry_gradient: float | None
+    checkpoint_every: int | None
+
+
+@functools.partial(jax.jit, static_argnames="scan")
+def _unroll(
     cell: Cell,
+    scan: _Scan,
     params: Params,
     inputs: Any,
     carry: Carry | None,
     lengths: Array | None,
     resets: Array | None,
     perturbations: Any,
-    *,
-    truncation: int | None,
-    reverse: bool,
-    max_carry_gradient: float | None,
 ) -> tuple[Carry, Any]:
-    reset_carry = _initial_carry(cell, params, inputs, None)
     carry = _initial_carry(cell, params, inputs, carry)
     num_steps = jax.tree.leaves(inputs)[0].shape[0]
-    controls = make_controls(num_steps, lengths, resets, truncation, reverse)
-    if isinstance(cell, AffineCell) and max_carry_gradient is None:
-        return _unroll_affine(cell, params, inputs, carry, controls, perturbations, reverse)
-    num_batch_axes = len(cell.batch_shape(inputs))
-
-    def step(carry: Carry, xs: tuple[Any, Controls, Any]) -> tuple[Carry, Any]:
-        prepared, control, perturbation = xs
-        if max_carry_gradient is not None:
-            carry = clip_cotangent(carry, max_carry_gradient, num_batch_axes)
-        after, output = cell.step(params, control.enter(carry, reset_carry), prepared)
-        if perturbation is not None:
-            after, output = _perturb(cell, after, output, perturbation)
-        return control.leave(carry, after, output)
-
-    return jax.lax.scan(step, carry, (cell.prepare_inputs(params, inputs), controls, perturbations), reverse=reverse)
+    controls = make_controls(num_steps, lengths, resets, scan.truncation, scan.settings.reverse)
+    steps: Any = functools.partial(_unroll_steps, cell, scan, params)
+    if isinstance(cell, AffineCell) and scan.max_carry_gradient is None:
+        steps = functools.partial(_unroll_affine, cell, scan, params)
+    xs = (inputs, controls, perturbations)
+    if scan.checkpoint_every is None:
+        return steps(carry, xs)
+    kept = jax.checkpoint(steps, prevent_cse=False)
+    return scan_chunks(kept, carry, xs, scan.checkpoint_every, reverse=scan.settings.reverse)
 
 
 def _unroll_affine(
-    cell: AffineCell,
-    params: CellParams,
-    inputs: Array,
-    carry: Carry,
-    controls: Controls,
-    perturbations: Any,
-    reverse: bool,
+    cell: AffineCell, scan: _Scan, params: CellParams, carry: Carry, xs: tuple[Array, Controls, Any]
 ) -> tuple[Carry, Array]:
+    inputs, controls, perturbations = xs
     leaves, structure = jax.tree.flatten(carry)
     # An array alone is for h, the first leaf.
     added = [p.astype(leaf.dtype) for p, leaf in zip(jax.tree.leaves(perturbations), leaves, strict=False)]
     sequence = Sequence(params, inputs.astype(params.input_kernel.dtype), leaves, added)
-    last, hidden = scan_affine(cell, reverse, sequence, controls)
+    last, hidden = scan_affine(cell, scan.settings, sequence, controls)
     if controls.active is not None:
         hidden = where(controls.active, hidden, jnp.zeros_like(hidden))
     return jax.tree.unflatten(structure, last), hidden
 
 
-_unroll = jax.jit(_unroll_steps, static_argnames=("truncation", "reverse", "max_carry_gradient"))
+def _unroll_steps(
+    cell: Cell, scan: _Scan, params: Params, carry: Carry, xs: tuple[Any, Controls, Any]
+) -> tuple[Carry, Any]:
+    inputs, controls, perturbations = xs
+    if isinstance(cell, AffineCell):
+        params = scan.settings.rounded(params)
+    reset_carry = jax.tree.map(lambda new, old: new.astype(old.dtype), _reset_carry(cell, inputs), carry)
+    num_batch_axes = len(cell.batch_shape(inputs))
+
+    def step(carry: Carry, xs: tuple[Any, Controls, Any]) -> tuple[Carry, Any]:
+        prepared, control, perturbation = xs
+        if scan.max_carry_gradient is not None:
+            carry = clip_cotangent(carry, scan.max_carry_gradient, num_batch_axes)
+        after, output = cell.step(params, control.enter(carry, reset_carry), prepared)
+        if perturbation is not None:
+            after, output = _perturb(cell, after, output, perturbation)
+        return control.leave(carry, after, output)
+
+    prepared = cell.prepare_inputs(params, inputs)
+    return jax.lax.scan(step, carry, (prepared, controls, perturbations), reverse=scan.settings.reverse)
+
+
+def _reset_carry(cell: Cell, inputs: Any) -> Carry:
+    return cell.initialize_carry(cell.batch_shape(inputs))
+
+
+def _checked_compute_dtype(cell: Cell, dtype: DType) -> Any:
+    if not isinstance(cell, AffineCell):
+        raise ValueError(f"compute_dtype must be None for a cell that is not affine, got {dtype!r}")
+    validation.floating_dtype("compute_dtype", dtype)
+    return jnp.dtype(dtype)
 
 
 def _checked_controls(

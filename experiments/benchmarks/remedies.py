@@ -20,7 +20,7 @@ from flax import nnx
 
 import rnnjax
 from experiments import options
-from experiments.benchmarks.turns import take_turns
+from experiments.benchmarks.turns import Uncompiled, take_turns
 from rnnjax.backpropagation import BackpropagationSettings, loss_and_gradient
 from rnnjax.configuration import CELLS, RunConfig
 from rnnjax.models import layer_views
@@ -56,29 +56,10 @@ def contestants(cell: str, hidden_size: int, num_steps: int) -> dict[str, tuple[
 
     # Not one program: which steps have a loss is found out between two.
     made["split by lag"] = (
-        _NotOne(lambda p, x: rnnjax.gradient_flow(layer.cell, p, x, last_state)),
+        Uncompiled(lambda p, x: rnnjax.gradient_flow(layer.cell, p, x, last_state)),
         (layer.params, layer.inputs),
     )
     return made
-
-
-class _NotOne:
-    """A function that is compiled in parts, by itself, as ``take_turns`` takes it."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def lower(self, *_: Any) -> "_NotOne":
-        return self
-
-    def compile(self) -> "_NotOne":
-        return self
-
-    def memory_analysis(self) -> None:
-        return None
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,18 +2,40 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 
-def take_turns(programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int) -> dict[str, dict[str, Any]]:
+class Uncompiled:
+    """A function without arguments to lower, such as another framework's, as ``take_turns`` takes it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def lower(self, *_: Any) -> "Uncompiled":
+        return self
+
+    def compile(self) -> "Uncompiled":
+        return self
+
+    def memory_analysis(self) -> None:
+        return None
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def take_turns(
+    programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int, pause: float = 0.0
+) -> dict[str, dict[str, Any]]:
     """Returns first call, median time and memory of every program.
 
     Args:
       programs: by name, what ``jax.jit`` returns, and its arguments.
       repeats: timed calls of each.
+      pause: seconds to wait before each timed call, for threads of another framework that still spin.
 
     Returns:
       By name: ``first_call_s``, compilation included; ``temporary_bytes`` beyond arguments and results, or None where
@@ -30,6 +52,7 @@ def take_turns(programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int
         results[name]["temporary_bytes"] = getattr(compiled[name].memory_analysis(), "temp_size_in_bytes", None)
     for _ in range(repeats):
         for name, (_, arguments) in programs.items():
+            time.sleep(pause)
             start = time.perf_counter()
             jax.block_until_ready(compiled[name](*arguments))
             times[name].append(time.perf_counter() - start)

@@ -203,12 +203,12 @@ class AffineCell(Cell):
 
     def prepare_inputs(self, params: CellParams, inputs: Array) -> Array:
         """Returns the input pre-activation u = x W + b, ``[..., G, H]``, in one matmul for all leading axes."""
-        projected = jnp.tensordot(inputs.astype(params.input_kernel.dtype), params.input_kernel, 1)
+        projected = _matmul(inputs, params.input_kernel, params.bias.dtype)
         return projected + jnp.broadcast_to(params.bias, projected.shape)
 
     def recurrent_preactivation(self, params: CellParams, hidden: Array) -> Array:
         """Returns r = h U + b_r, ``[..., G, H]``."""
-        projected = jnp.tensordot(hidden, params.recurrent_kernel, 1)
+        projected = _matmul(hidden, params.recurrent_kernel, params.bias.dtype)
         if params.recurrent_bias is None:
             return projected
         return projected + jnp.broadcast_to(params.recurrent_bias, projected.shape)
@@ -248,6 +248,11 @@ class AffineCell(Cell):
     def _check_carry(self, params: CellParams, carry: Carry, batch_shape: tuple[int, ...]) -> None:
         expected = jax.eval_shape(lambda: self.initialize_carry(batch_shape, self.carry_dtype(params)))
         validation.same_shapes("carry", carry, expected, self.carry_form)
+
+
+def _matmul(x: Array, kernel: Array, dtype: DType) -> Array:
+    """Returns x times ``[..., G, H]``: factors in the dtype of the kernel, their product in another."""
+    return jnp.tensordot(x.astype(kernel.dtype), kernel, 1, preferred_element_type=dtype)
 
 
 def split_gates(preactivation: Array) -> tuple[Array, ...]:

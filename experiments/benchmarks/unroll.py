@@ -1,0 +1,106 @@
+"""What value and gradient of a sequence loss cost, beside other packages.
+
+  python -m experiments.benchmarks.unroll
+
+times value and gradient, with respect to all weights, of the mean squared hidden state of one recurrent layer, float32,
+for rnnjax, Flax (Linen and NNX), Haiku, Equinox and PyTorch (the extra "benchmarks"; what is not installed is left
+out), and the products of matrices alone as a floor. All take turns in one process. Lines of JSON with first call
+(compilation included), median time and temporary memory, then a table of medians in ms with our time as the unit, the
+geometric means over the sizes, and a figure if --figure names a file.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from experiments import options
+from experiments.benchmarks import recurrent_peers as peers
+from experiments.benchmarks.turns import take_turns
+from rnnjax.serialization import format_table
+
+FLAGS = flags.FLAGS
+SIZES = ("200,32,128,32", "200,16,64,8", "100,64,256,128", "1000,8,64,4", "50,128,512,256")
+"""T, B, H, D."""
+PAUSE = 0.02
+FLOOR = "matmuls only"
+
+
+def contestants(kind: str, sizes: tuple[int, int, int, int]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Returns programs by name, not compiled yet, and the arguments of each."""
+    num_steps, batch_size, hidden_size, input_size = sizes
+    inputs = jax.random.normal(jax.random.key(1), (num_steps, batch_size, input_size))
+    made: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for name, build in {peers.OURS: peers.ours, **peers.JAX_PEERS}.items():
+        layer = build(kind, inputs, hidden_size) if peers.is_installed(name) else None
+        if layer is not None:
+            made[name] = (jax.jit(jax.value_and_grad(_loss(layer[0]))), (layer[1], inputs))
+    if peers.is_installed("PyTorch"):
+        made["PyTorch"] = (peers.torch(kind, inputs, hidden_size), ())
+    run, params = peers.matmul_floor(kind, inputs, hidden_size)
+    return made | {FLOOR: (jax.jit(run), (params, inputs))}
+
+
+def _loss(layer: Any) -> Any:
+    return lambda params, inputs: jnp.mean(layer(params, inputs) ** 2)
+
+
+def rows(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the table: a row a cell and size, and one a cell with the geometric means of the ratios to ours."""
+    table = []
+    for kind in dict.fromkeys(m["cell"] for m in measured):
+        own = [m for m in measured if m["cell"] == kind]
+        ratios: dict[str, list[float]] = {}
+        for size in dict.fromkeys(m["size"] for m in own):
+            times = {m["what"]: m["median_ms"] for m in own if m["size"] == size}
+            unit = times[peers.OURS]
+            for name, value in times.items():
+                ratios.setdefault(name, []).append(value / unit)
+            fastest = min((v for n, v in times.items() if n in peers.JAX_PEERS), default=math.nan)
+            ratios.setdefault("fastest JAX peer", []).append(fastest / unit)
+            shown = {name: f"{value:.1f} ({value / unit:.2f}×)" for name, value in times.items()}
+            table.append({"cell": kind, "T, B, H, D": size} | shown | {"fastest JAX peer": f"{fastest / unit:.2f}×"})
+        means = {name: f"{math.exp(sum(map(math.log, r)) / len(r)):.2f}×" for name, r in ratios.items()}
+        table.append({"cell": kind, "T, B, H, D": "geometric mean"} | means | {peers.OURS: "1.00×"})
+    return table
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints JSON lines and the table."""
+    options.quiet_logging()
+    with options.user_errors():
+        options.no_arguments(argv)
+        sizes = [_sizes(text) for text in FLAGS.sizes]
+        repeats = options.positive_integer("repeats", FLAGS.repeats)
+    measured = []
+    for kind in FLAGS.cells:
+        for size in sizes:
+            results = take_turns(contestants(kind, size), repeats, PAUSE if peers.is_installed("PyTorch") else 0)
+            for name, result in results.items():
+                setting = {"cell": kind, "size": ", ".join(map(str, size)), "what": name}
+                setting["device"] = jax.devices()[0].device_kind
+                measured.append(setting | result)
+                sys.stdout.write(json.dumps(measured[-1]) + "\n")
+            sys.stdout.flush()
+            jax.clear_caches()
+    sys.stdout.write("\n" + format_table(rows(measured)) + "\n")
+
+
+def _sizes(text: str) -> tuple[int, int, int, int]:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--sizes must be four positive integers T,B,H,D, got {text!r}")
+    num_steps, batch_size, hidden_size, input_size = map(int, parts)
+    return num_steps, batch_size, hidden_size, input_size
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_enum("cells", list(peers.KINDS), list(peers.KINDS), "which cells")
+    flags.DEFINE_multi_string("sizes", list(SIZES), "sizes T,B,H,D, once each")
+    flags.DEFINE_integer("repeats", 15, "timed calls of each contestant")
+    app.run(main)

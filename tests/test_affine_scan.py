@@ -1,0 +1,328 @@
+"""The scan of affine cells and its derivative, against a plain ``lax.scan`` of single steps under autodiff."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rnnjax
+from rnnjax import affine_scan
+from rnnjax.cells import AffineCell
+from rnnjax.chunks import scan_chunks
+from rnnjax.local_derivatives import PointwiseProgram
+
+T, B, D, H = 11, 2, 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TangledCell(AffineCell):
+    """All that a pointwise function can do: gates summed, unused, used twice and raw, results from results."""
+
+    num_gates = 4
+    has_recurrent_bias = True
+
+    @property
+    def num_carries(self):
+        return 3
+
+    def pointwise(self, carry, input_preactivation, recurrent_preactivation):
+        h, c, d = carry
+        u, r = input_preactivation, recurrent_preactivation
+        keep = jax.nn.sigmoid(u[0] + r[0])
+        raw = u[1] + r[1]
+        memory = keep * c + jnp.sin(raw) * jnp.where(raw > 0, raw, 0.3 * raw)
+        hidden = jnp.tanh(memory + 0.5 * d) * keep + jnp.tanh(u[2] * r[2]) + 0.1 * raw
+        return hidden, memory, 0.7 * d + hidden * h
+
+
+CELLS = {
+    "tanh": rnnjax.VanillaCell(H),
+    "relu": rnnjax.VanillaCell(H, activation="relu"),
+    "sigmoid": rnnjax.VanillaCell(H, activation="sigmoid"),
+    "identity": rnnjax.VanillaCell(H, activation="identity"),
+    "own": rnnjax.VanillaCell(H, activation=lambda a: a / (1 + jnp.abs(a))),
+    "leaky": rnnjax.LeakyCell(H, leak=0.4),
+    "gru": rnnjax.GRUCell(H),
+    "lstm": rnnjax.LSTMCell(H),
+    "skip": rnnjax.SkipCell(H, span=3),
+    "tangled": TangledCell(H),
+}
+EVERY_CELL = pytest.mark.parametrize("name", CELLS)
+
+
+def random_like(tree, seed, dtype):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.7, dtype), tree)
+
+
+def problem(name, dtype=np.float64, batch=(B,), num_steps=T):
+    cell = CELLS[name]
+    params = random_like(jax.eval_shape(lambda: cell.init(jax.random.key(0), D)), 3, dtype)
+    inputs = random_like(np.empty((num_steps, *batch, D)), 1, dtype)
+    return cell, params, inputs, random_like(cell.initialize_carry(batch), 2, dtype)
+
+
+def plain(cell, params, inputs, carry):
+    """The same by autodiff of one step after the other."""
+    last, outputs = jax.lax.scan(lambda c, x: cell.step(params, c, x), carry, cell.prepare_inputs(params, inputs))
+    return last, outputs
+
+
+def loss(run, cell, params, inputs, carry):
+    last, outputs = run(cell, params, inputs, carry)
+    weights = jnp.cos(jnp.arange(outputs.size, dtype=outputs.dtype)).reshape(outputs.shape)
+    return jnp.sum(weights * outputs) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(last))
+
+
+def losses(name, dtype=np.float64, **settings):
+    cell, *arguments = problem(name, dtype, **settings)
+    return [functools.partial(loss, run, cell) for run in (rnnjax.unroll, plain)], arguments
+
+
+def agree(ours, theirs, tolerance):
+    """The largest difference, relative to the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1e-30, np.abs(b).max()))
+
+
+@EVERY_CELL
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_value_and_gradient(name, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        (ours, theirs), arguments = losses(name, dtype)
+        tolerance = 1e-12 if dtype == np.float64 else 1e-6
+        agree(ours(*arguments), theirs(*arguments), tolerance)
+        agree(*(jax.grad(f, argnums=(0, 1, 2))(*arguments) for f in (ours, theirs)), tolerance)
+
+
+@EVERY_CELL
+def test_forward_mode_and_second_derivatives(name):
+    with jax.enable_x64():
+        (ours, theirs), arguments = losses(name)
+        moved = [random_like(a, 7 + i, np.float64) for i, a in enumerate(arguments)]
+        agree(*(jax.jvp(f, arguments, moved) for f in (ours, theirs)), 1e-12)
+        forward_over_reverse = [jax.jvp(jax.grad(f, argnums=(0, 1, 2)), arguments, moved)[1] for f in (ours, theirs)]
+        agree(*forward_over_reverse, 1e-11)
+
+        def slope(f, *at):
+            return jax.jvp(f, list(at), moved)[1]
+
+        agree(*(jax.grad(functools.partial(slope, f))(*arguments) for f in (ours, theirs)), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "tangled"])
+def test_hessian(name):
+    with jax.enable_x64():
+        (ours, theirs), (params, inputs, carry) = losses(name)
+        agree(*(jax.hessian(lambda x, f=f: f(params, x, carry))(inputs) for f in (ours, theirs)), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "skip", "tangled"])
+def test_batching_rematerialisation_and_jit(name):
+    with jax.enable_x64():
+        (ours, theirs), (params, inputs, carry) = losses(name)
+        expected = jax.grad(theirs)(params, inputs, carry)
+        agree(jax.jit(jax.grad(jax.checkpoint(ours)))(params, inputs, carry), expected, 1e-12)
+        several = jnp.stack([inputs, 2 * inputs, -inputs])
+        each = jax.vmap(jax.grad(ours), in_axes=(None, 0, None))(params, several, carry)
+        one_by_one = [jax.grad(theirs)(params, x, carry) for x in several]
+        agree(each, jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one), 1e-12)
+        ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), params)
+        agree(
+            jax.tree.map(
+                lambda leaf: leaf[0], jax.vmap(jax.grad(ours), in_axes=(0, None, None))(ensemble, inputs, carry)
+            ),
+            expected,
+            1e-12,
+        )
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 4, 5, 8, 11, 13])
+def test_chunks_of_every_kind(num_steps, reverse, monkeypatch):
+    monkeypatch.setattr(affine_scan, "_CHUNK_BYTES", 1)  # four steps a chunk, or a near divisor of T
+    with jax.enable_x64():
+        cell, params, inputs, carry = problem("gru", num_steps=num_steps)
+
+        def flipped(cell, params, inputs, carry):
+            last, outputs = plain(cell, params, inputs[::-1], carry)
+            return last, outputs[::-1]
+
+        def ours(params):
+            return loss(functools.partial(rnnjax.unroll, reverse=reverse), cell, params, inputs, carry)
+
+        def theirs(params):
+            return loss(flipped if reverse else plain, cell, params, inputs, carry)
+
+        agree(*(jax.value_and_grad(f)(params) for f in (ours, theirs)), 1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 9])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_of_chunks_is_a_scan(size, reverse):
+    xs = jnp.arange(7.0)
+
+    def step(carry, x):
+        return 0.5 * carry + x, carry * x
+
+    expected = jax.lax.scan(step, 1.0, xs, reverse=reverse)
+    lengths = []
+
+    def chunk(carry, x):
+        lengths.append(len(x))
+        return jax.lax.scan(step, carry, x, reverse=reverse)
+
+    agree(scan_chunks(chunk, jnp.asarray(1.0), xs, size, reverse=reverse), expected, 1e-6)
+    assert set(lengths) <= {size, 7 % size, 7}
+
+
+def test_only_what_is_asked_for_is_differentiated():
+    cell, params, inputs, carry = problem("lstm", np.float32)
+    program = jax.make_jaxpr(jax.grad(lambda p: loss(rnnjax.unroll, cell, p, inputs, carry)))(params)
+    by_inputs = jax.make_jaxpr(jax.grad(lambda x: loss(rnnjax.unroll, cell, params, x, carry)))(inputs)
+    assert f"f32[{T},{B},{D}]" not in str(program.jaxpr.outvars) and len(by_inputs.jaxpr.outvars) == 1
+    # The gradient of the weights has no product that leads back to the inputs.
+    assert str(program).count("dot_general") < str(
+        jax.make_jaxpr(jax.grad(lambda p, x: loss(rnnjax.unroll, cell, p, x, carry), argnums=(0, 1)))(params, inputs)
+    ).count("dot_general")
+
+
+def test_the_carry_of_the_backward_scan_is_the_state_alone():
+    """No weight's gradient is accumulated step by step: no scan over single steps carries an array like a weight."""
+    cell, params, inputs, carry = problem("lstm", np.float32)
+    program = jax.make_jaxpr(jax.grad(lambda p: loss(rnnjax.unroll, cell, p, inputs, carry)))(params)
+    carried = [shapes for length, shapes in _scans(program.jaxpr) if length == T]
+    assert len(carried) >= 2
+    for shapes in carried:
+        assert set(shapes) <= {(B, H), ()}, shapes
+
+
+def _scans(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            first, number = eqn.params["num_consts"], eqn.params["num_carry"]
+            yield eqn.params["length"], [v.aval.shape for v in eqn.invars[first : first + number]]
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _scans(inner)
+
+
+def test_how_a_pointwise_function_is_taken_apart():
+    lstm = PointwiseProgram(rnnjax.LSTMCell(H), (B, H), jnp.float32, exact=False)
+    zeros, gates = jnp.zeros((B, H)), jnp.zeros((B, 4, H))
+    _, local = lstm.value_and_derivatives([zeros, zeros], gates, gates)
+    assert local.receivers == ((1, 1, 1, 0),) and local.order == (1, 0) and all(local.summed)
+    assert set(local.by_carry) == {(1, 1)} and set(local.by_result) == {(0, 1)} and not local.by_input
+    gru = PointwiseProgram(rnnjax.GRUCell(H), (B, H), jnp.float32, exact=False)
+    _, local = gru.value_and_derivatives([zeros], gates[:, :3], gates[:, :3])
+    assert local.summed == (True, True, False) and set(local.by_input) == {(0, 2)}
+    assert len(local.by_gate) == 1 and local.receivers == ((0, 0, 0),)
+    skip = PointwiseProgram(rnnjax.SkipCell(H, span=3), (B, H), jnp.float32, exact=False)
+    _, local = skip.value_and_derivatives([zeros] * 3, gates[:, :1], gates[:, :1])
+    assert local.copies == ((1, 0), (2, 1)) and set(local.by_carry) <= {(0, 0), (0, 2)}
+
+
+@EVERY_CELL
+def test_local_derivatives_are_those_of_autodiff(name):
+    with jax.enable_x64():
+        cell, *_ = problem(name)
+        shape = (5, H)
+        carry = [random_like(jnp.zeros(shape), 30 + i, np.float64) for i in range(cell.num_carries)]
+        u, r = (random_like(jnp.zeros((5, cell.num_gates, H)), seed, np.float64) for seed in (40, 41))
+
+        def pointwise(carry, r):
+            gates = [tuple(x[:, g] for g in range(cell.num_gates)) for x in (u, r)]
+            new = jax.tree.leaves(cell.pointwise(carry[0] if len(carry) == 1 else tuple(carry), *gates))
+            return jnp.stack(new, axis=1)
+
+        by_carry, by_gate = jax.jacrev(pointwise, argnums=(0, 1))(carry, r)
+        index = np.arange(5)[:, None], np.arange(H)
+        expected_carry = np.stack([np.asarray(d)[index[0], :, index[1], index[0], index[1]] for d in by_carry], axis=-1)
+        expected_gate = np.asarray(by_gate)[index[0], :, index[1], index[0], :, index[1]]
+        for exact in (True, False):
+            program = PointwiseProgram(cell, shape, jnp.float64, exact=exact)
+            values, local = program.value_and_derivatives(carry, u, r)
+            np.testing.assert_allclose(jnp.stack(values, axis=1), pointwise(carry, r), rtol=1e-13, atol=1e-15)
+            tolerance = {"rtol": 1e-11, "atol": 1e-14}
+            np.testing.assert_allclose(np.moveaxis(local.by_old_carry(), -1, 1), expected_carry, **tolerance)
+            np.testing.assert_allclose(np.moveaxis(local.by_recurrent(), -1, 1), expected_gate, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["tanh", "lstm", "gru"])
+@pytest.mark.parametrize("every", [1, 3, 4, 20])
+def test_checkpoints_change_nothing(name, every):
+    options = [{"lengths": np.array([4, 11])}, {"resets": np.arange(T)[:, None] % np.array([3, 5]) == 2}]
+    for option in [{}, *options, {"truncation": 3}, {"reverse": True}, {"max_carry_gradient": 0.5}]:
+        with jax.enable_x64():
+            cell, params, inputs, carry = problem(name)
+
+            def run(params, kept, option=option, cell=cell, inputs=inputs, carry=carry):
+                unroll = functools.partial(rnnjax.unroll, checkpoint_every=kept, **option)
+                return loss(unroll, cell, params, inputs, carry)
+
+            agree(*(jax.value_and_grad(run)(params, kept) for kept in (every, None)), 1e-12)
+
+
+def test_checkpoints_bound_the_memory():
+    cell, params = rnnjax.LSTMCell(32), None
+    params = cell.init(jax.random.key(0), 1)
+
+    def memory(num_steps, every):
+        inputs = jnp.ones((num_steps, 1, 1))
+        step = jax.grad(lambda p: rnnjax.unroll(cell, p, inputs, checkpoint_every=every)[1][-1].sum())
+        return jax.jit(step).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(6400, 80) < memory(6400, None) / 3
+
+
+@pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "leaky"])
+def test_bfloat16_factors_with_float32_sums(name):
+    cell, params, inputs, carry = problem(name, np.float32)
+
+    def ours(params, dtype):
+        return loss(functools.partial(rnnjax.unroll, compute_dtype=dtype), cell, params, inputs, carry)
+
+    value, gradient = jax.value_and_grad(ours)(params, jnp.bfloat16)
+    exact = jax.value_and_grad(ours)(params, None)
+    assert value.dtype == jnp.float32 and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+    agree((value, gradient), exact, 0.05)
+    assert abs(value - exact[0]) > 1e-6  # the factors are rounded
+    bias = np.asarray(gradient.bias)
+    assert not np.array_equal(bias, bias.astype(jnp.bfloat16).astype(np.float32))  # the sums are not
+    with jax.enable_x64():  # rounded factors, everything else in float64: the sums lose nothing
+        wide = [jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree) for tree in (params, inputs, carry)]
+        run = functools.partial(rnnjax.unroll, compute_dtype=jnp.bfloat16)
+        agree((value, gradient), jax.value_and_grad(lambda p: loss(run, cell, p, *wide[1:]))(wide[0]), 0.02)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"checkpoint_every": 2.5}, "checkpoint_every"),
+        ({"compute_dtype": "int32"}, "compute_dtype"),
+    ],
+)
+def test_impossible_settings(setting, message):
+    cell, params, inputs, carry = problem("tanh", np.float32)
+    with pytest.raises(ValueError, match=message):
+        rnnjax.unroll(cell, params, inputs, carry, **setting)
+    step = rnnjax.StepCell(lambda params, h, x: (h, h), jnp.zeros(2))
+    with pytest.raises(ValueError, match="compute_dtype must be None"):
+        rnnjax.unroll(step, None, inputs, compute_dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "skip"])
+def test_training_lowers_for_accelerators(name, platform):
+    cell, params, inputs, carry = problem(name, np.float32)
+    for setting in ({}, {"compute_dtype": jnp.bfloat16}, {"checkpoint_every": 4}, {"max_carry_gradient": 1.0}):
+        run = jax.jit(
+            jax.value_and_grad(lambda p, s=setting: loss(functools.partial(rnnjax.unroll, **s), cell, p, inputs, carry))
+        )
+        lowered = run.trace(params).lower(lowering_platforms=(platform,))
+        assert "while" in lowered.as_text()
