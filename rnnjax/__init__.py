@@ -2,6 +2,7 @@
 
 from rnnjax import activations, initializers, mean_field
 from rnnjax.alignment import GradientAlignment, gradient_alignment
+from rnnjax.bidirectional import batch_major, unroll_bidirectional
 from rnnjax.cells import AffineCell, Cell, CellParams, GRUCell, LeakyCell, LSTMCell, SkipCell, StepCell, VanillaCell
 from rnnjax.clipping import ClippedState, clipped, clipping_state
 from rnnjax.composition import factor_product_over_mesh, multiply_products
@@ -48,6 +49,7 @@ __all__ = [
     "VanishingGradientPenalty",
     "activations",
     "autodiff_step_jacobians",
+    "batch_major",
     "clipped",
     "clipping_state",
     "covariant_vectors",
@@ -72,4 +74,5 @@ __all__ = [
     "structured_jacobians",
     "trajectory",
     "unroll",
+    "unroll_bidirectional",
 ]

@@ -25,6 +25,8 @@ class BackpropagationSettings:
       truncation: window of truncated backpropagation through time, in steps; None for full length.
       max_carry_gradient: largest norm of the gradient that one step hands back to the one before it, as for ``unroll``,
         in units of the gradient of the mean loss of a batch; None for no bound.
+      checkpoint_every: keep every n-th state alone, as for ``unroll``; None for all.
+      compute_dtype: dtype of the factors of matrix products, as for ``unroll``; None for that of the weights.
       penalty: what is added to the loss, summed over the layers; None for nothing.
 
     Raises:
@@ -33,6 +35,8 @@ class BackpropagationSettings:
 
     truncation: int | None = None
     max_carry_gradient: float | None = None
+    checkpoint_every: int | None = None
+    compute_dtype: str | None = None
     penalty: Penalty | None = None
 
     def __post_init__(self) -> None:
@@ -40,10 +44,15 @@ class BackpropagationSettings:
             validation.positive_integer("truncation", self.truncation)
         if self.max_carry_gradient is not None:
             validation.positive_number("max_carry_gradient", self.max_carry_gradient)
+        if self.checkpoint_every is not None:
+            validation.positive_integer("checkpoint_every", self.checkpoint_every)
+        if self.compute_dtype is not None:
+            validation.floating_dtype("compute_dtype", self.compute_dtype)
 
     def options(self) -> dict[str, Any]:
         """Returns what ``unroll`` is to be given."""
-        return {"truncation": self.truncation, "max_carry_gradient": self.max_carry_gradient}
+        names = ("truncation", "max_carry_gradient", "checkpoint_every", "compute_dtype")
+        return {name: getattr(self, name) for name in names}
 
 
 def loss_and_gradient(

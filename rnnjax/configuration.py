@@ -42,6 +42,7 @@ CHOICES: dict[str, list[str]] = {
     "initializer": list(INITIALIZERS),
     "optimizer": list(OPTIMIZERS),
     "penalty": list(PENALTIES),
+    "compute_dtype": ["float32", "bfloat16"],
 }
 """The names that settings given by name may have."""
 _LENGTH_SETTINGS = {
@@ -64,6 +65,7 @@ class RunConfig:
       hidden_size: number of units in each layer.
       num_layers: number of recurrent layers.
       skip_connections: add each layer's input to its output, from the second layer on.
+      bidirectional: read every sequence in both directions, with a second cell in each layer.
       activation: activation of vanilla, leaky and skip cells.
       leak: leak of leaky and skip cells; the cell's own default if not given.
       span: steps that the connection of the skip cell spans.
@@ -79,6 +81,8 @@ class RunConfig:
       clip_ratio: largest ratio of a unit's gradient to its weights (adaptive clipping); 0 for no bound.
       clip_carry: largest norm of the gradient that one time step hands back to the one before it; 0 for no bound.
       truncation: window of truncated backpropagation through time, in steps; 0 for full length.
+      checkpoint_every: steps from one state kept for the backward pass to the next; 0 to keep all.
+      compute_dtype: dtype of the factors of matrix products in recurrent layers; sums and states are float32.
       penalty: what is added to the loss: nothing, Pascanu's penalty on vanishing gradients, or gradient flossing.
       penalty_weight: factor on the penalty; its own default if not given.
       steps: number of training steps.
@@ -94,6 +98,7 @@ class RunConfig:
     hidden_size: int = 64
     num_layers: int = 1
     skip_connections: bool = False
+    bidirectional: bool = False
     activation: str = "tanh"
     leak: float | None = None
     span: int = 8
@@ -109,6 +114,8 @@ class RunConfig:
     clip_ratio: float = 0.0
     clip_carry: float = 0.0
     truncation: int = 0
+    checkpoint_every: int = 0
+    compute_dtype: str = "float32"
     penalty: str = "none"
     penalty_weight: float | None = None
     steps: int = 1000
@@ -124,7 +131,7 @@ class RunConfig:
             validation.positive_integer(name, getattr(self, name))
         if self.length is not None:
             validation.positive_integer("length", self.length)
-        for name in ("truncation", "monitor_every", "chrono"):
+        for name in ("truncation", "checkpoint_every", "monitor_every", "chrono"):
             validation.non_negative_integer(name, getattr(self, name))
         validation.integer_between("seed", self.seed, 0, 2**32 - 1)
         for name in ("gain", "learning_rate"):
@@ -176,6 +183,7 @@ class RunConfig:
             vocabulary_size=task.vocabulary_size,
             readout=task.readout,
             skip_connections=self.skip_connections,
+            bidirectional=self.bidirectional,
             rngs=nnx.Rngs(self.seed),
         )
 
@@ -196,6 +204,8 @@ class RunConfig:
         return BackpropagationSettings(
             truncation=self.truncation or None,
             max_carry_gradient=self.clip_carry or None,
+            checkpoint_every=self.checkpoint_every or None,
+            compute_dtype=None if self.compute_dtype == "float32" else self.compute_dtype,
             penalty=None if kind is None else kind(**weight),
         )
 

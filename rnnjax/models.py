@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rnnjax import validation
+from rnnjax.bidirectional import unroll_bidirectional
 from rnnjax.cells import AffineCell, CellParams
 from rnnjax.initializers import Glorot, Orthogonal
 from rnnjax.monitor import LayerView
@@ -75,6 +76,8 @@ class RecurrentNetwork(nnx.Module):
       embedding_size: features of a token's embedding, with ``vocabulary_size`` only; the hidden size by default.
       readout: outputs from the step processed ``last``, ``[B, O]``, or from ``every`` step, ``[T, B, O]``.
       skip_connections: add each layer's input to its output, from the second layer on.
+      bidirectional: read the sequence backwards too, with a second cell in every layer; ``layers`` then holds, for each
+        layer, the cell that reads backwards and the one that reads forwards.
       dtype: dtype of the weights.
       rngs: where the initial weights come from.
 
@@ -101,6 +104,7 @@ class RecurrentNetwork(nnx.Module):
         embedding_size: int | None = None,
         readout: Literal["last", "every"] = "last",
         skip_connections: bool = False,
+        bidirectional: bool = False,
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -114,7 +118,7 @@ class RecurrentNetwork(nnx.Module):
         validation.positive_integer("num_layers", num_layers)
         validation.positive_integer("output_size", output_size)
         self.readout = validation.one_of("readout", readout, ("last", "every"))
-        self.skip_connections = skip_connections
+        self.skip_connections, self.bidirectional = skip_connections, bidirectional
         embedding = None
         if vocabulary_size is not None:
             tokens = validation.positive_integer("vocabulary_size", vocabulary_size)
@@ -122,9 +126,12 @@ class RecurrentNetwork(nnx.Module):
             input_size = validation.positive_integer("embedding_size", wanted)
             embedding = nnx.Embed(tokens, input_size, param_dtype=dtype, rngs=rngs)
         self.embedding = embedding
-        sizes = [validation.positive_integer("input_size", input_size)] + [cell.hidden_size] * (num_layers - 1)
-        self.layers = nnx.List([RecurrentLayer(cell, size, dtype=dtype, rngs=rngs) for size in sizes])
-        self.output = nnx.Linear(cell.hidden_size, output_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        directions = 2 if bidirectional else 1
+        sizes = [validation.positive_integer("input_size", input_size)]
+        sizes += [directions * cell.hidden_size] * (num_layers - 1)
+        drawn = [RecurrentLayer(cell, size, dtype=dtype, rngs=rngs) for size in sizes for _ in range(directions)]
+        self.layers = nnx.List(drawn)
+        self.output = nnx.Linear(directions * cell.hidden_size, output_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
         """Returns the outputs for a batch of sequences.
@@ -158,14 +165,16 @@ class RecurrentNetwork(nnx.Module):
 
         Args:
           inputs: features ``[T, B, D]`` or tokens ``[T, B]``.
-          carries: the carry before the first step of each layer; initial ones by default.
+          carries: the carry before the first step of each of ``layers``; initial ones by default.
           lengths: ``[B]``, as for ``unroll``; the last step of a sequence is that before its length.
-          perturbations: one ``[T, B, H]``, or one carry of such arrays, for each layer, as for ``unroll``.
+          perturbations: one ``[T, B, H]``, or one carry of such arrays, for each of ``layers``, as for ``unroll``; time
+            in the order of processing where the network reads in both directions.
           reverse: as for ``unroll``, in every layer; the step processed last is then step 0.
-          **options: ``resets``, ``truncation`` and ``max_carry_gradient``, passed on to ``unroll``.
+          **options: ``resets``, ``truncation``, ``max_carry_gradient``, ``checkpoint_every`` and ``compute_dtype``,
+            passed on to ``unroll``.
 
         Returns:
-          Outputs ``[B, O]`` or ``[T, B, O]``, and a carry for each layer.
+          Outputs ``[B, O]`` or ``[T, B, O]``, and a carry for each of ``layers``.
 
         Raises:
           ValueError: inputs or options that ``rnnjax.unroll`` would refuse, another number of carries or perturbations
@@ -177,25 +186,71 @@ class RecurrentNetwork(nnx.Module):
             raise ValueError(
                 f"perturbations must be one array for each of the {len(self.layers)} layers, got {len(perturbations)}"
             )
+        if self.bidirectional and reverse:
+            raise ValueError("reverse must be False for a network that reads in both directions, got True")
         features, last = self._features(inputs), []
-        for index, layer in enumerate(self.layers):
-            perturbation = None if perturbations is None else perturbations[index]
-            carry = None if carries is None else jax.lax.stop_gradient(carries[index])
-            options_of_layer = {"lengths": lengths, "perturbations": perturbation, "reverse": reverse, **options}
-            carry, outputs = layer(features, carry, **options_of_layer)
-            features = self._with_skip(index, features, outputs)
-            last.append(carry)
+        shared: dict[str, Any] = {"lengths": lengths, **options}
+        for level in range(self.num_levels):
+            own = slice(level * self.num_directions, (level + 1) * self.num_directions)
+            started = None if carries is None else jax.lax.stop_gradient(list(carries[own]))
+            perturbed = None if perturbations is None else list(perturbations[own])
+            if self.bidirectional:
+                carry, outputs = self._both_directions(own, features, started, perturbed, shared)
+            else:
+                single: dict[str, Any] = {"perturbations": perturbed and perturbed[0], "reverse": reverse, **shared}
+                carry, outputs = self.layers[level](features, started and started[0], **single)
+                carry = [carry]
+            features = self._with_skip(level, features, outputs)
+            last += carry
         if self.readout == "last":
-            features = features[0] if reverse else _at_last_step(features, lengths)
+            features = self._at_end(features, lengths, reverse)
         return self.output(features), last
 
+    @property
+    def num_directions(self) -> int:
+        """Directions in which a layer reads, 1 or 2."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def num_levels(self) -> int:
+        """Layers on top of each other."""
+        return len(self.layers) // self.num_directions
+
+    def _both_directions(
+        self, own: slice, features: Array, carries: Any, perturbations: Any, options: dict[str, Any]
+    ) -> tuple[list[Carry], Array]:
+        backwards, forwards = self.layers[own]
+        pairs = [None if pair is None else (pair[1], pair[0]) for pair in (carries, perturbations)]
+        params = (forwards.params(), backwards.params())
+        (after, before), outputs = unroll_bidirectional(
+            forwards.cell, params, features, pairs[0], perturbations=pairs[1], **options
+        )
+        return [before, after], outputs
+
+    def _at_end(self, features: Array, lengths: Array | None, reverse: bool) -> Array:
+        """Returns what the layer has read when it is through, ``[B, H]`` or ``[B, 2H]``."""
+        if reverse:
+            return features[0]
+        if not self.bidirectional:
+            return _at_last_step(features, lengths)
+        forwards, backwards = jnp.split(features, 2, axis=-1)
+        return jnp.concatenate([_at_last_step(forwards, lengths), backwards[0]], axis=-1)
+
     def layer_views(self, inputs: Array) -> list[LayerView]:
-        """Returns each layer with the inputs it gets when the network runs on ``inputs``."""
+        """Returns each of ``layers`` with the inputs it gets when the network runs on ``inputs``.
+
+        Time is in the order of processing: backwards for those that read backwards.
+        """
         features, views = self._features(inputs), []
-        for index, layer in enumerate(self.layers):
-            views.append(LayerView(layer.cell, layer.params(), features))
-            _, outputs = layer(features)
-            features = self._with_skip(index, features, outputs)
+        for level in range(self.num_levels):
+            own = self.layers[level * self.num_directions : (level + 1) * self.num_directions]
+            if self.bidirectional:
+                views.append(LayerView(own[0].cell, own[0].params(), features[::-1]))
+                _, outputs = self._both_directions(slice(2 * level, 2 * level + 2), features, None, None, {})
+            else:
+                _, outputs = own[0](features)
+            views.append(LayerView(own[-1].cell, own[-1].params(), features))
+            features = self._with_skip(level, features, outputs)
         return views
 
     def _features(self, inputs: Array) -> Array:

@@ -192,7 +192,13 @@ def test_fit_settings_are_those_of_the_config():
         "steps": 11,
         "batch_size": 12,
         "evaluate_every": 13,
-        "backpropagation": {"truncation": 14, "max_carry_gradient": None, "penalty": None},
+        "backpropagation": {
+            "truncation": 14,
+            "max_carry_gradient": None,
+            "checkpoint_every": None,
+            "compute_dtype": None,
+            "penalty": None,
+        },
         "seed": 15,
     }
 

@@ -30,6 +30,7 @@ LAYOUT = [
     "rnnjax.local_derivatives",
     "rnnjax.affine_scan",
     "rnnjax.unroll",
+    "rnnjax.bidirectional",
     "rnnjax.lapack",
     "rnnjax.operators",
     "rnnjax.jacobians",
