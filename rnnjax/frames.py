@@ -71,7 +71,7 @@ def frame_growth(jacobians: Jacobians, frame: Array, *, backward: bool = False) 
     return _frame_growth(jacobians, frame, jnp.arange(jacobians.shape[0]), backward)
 
 
-@jax.jit(static_argnames="backward")
+@functools.partial(jax.jit, static_argnames="backward")
 def _frame_growth(jacobians: Jacobians, frame: Array, times: Array, backward: bool = False) -> tuple[Array, Array]:
     def step(frame: Array, time: Array) -> tuple[Array, Array]:
         jacobian = jacobians.at_step(time)
@@ -86,7 +86,7 @@ def _orthonormal(columns: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-@jax.jit(static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
 def block_growth(jacobians: Jacobians, frame: Array, boundaries: tuple[int, ...]) -> tuple[Array, Array]:
     """Carries an orthonormal frame along, and sums how much its columns grow between boundaries.
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import rnnjax
-from experiments.benchmarks import accuracy, spectra
+from experiments.benchmarks import accuracy, recurrent_peers, spectra
+from experiments.benchmarks import unroll as unroll_benchmark
+from experiments.benchmarks.turns import take_turns
 from rnnjax import testing
 
 pytestmark = pytest.mark.slow
@@ -53,7 +55,8 @@ def test_what_is_timed_is_right():
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [("spectra", "--sizes=0"), ("spectra", "--repeats=0"), ("lyapunov", "--sizes=x")]
+    ("name", "argument"),
+    [("spectra", "--sizes=0"), ("spectra", "--repeats=0"), ("lyapunov", "--sizes=x"), ("unroll", "--sizes=1,2,3")],
 )
 def test_impossible_settings_are_one_line_and_a_status(name, argument):
     result = run(name, argument)
@@ -95,3 +98,53 @@ def test_chains_of_the_accuracy_table_are_what_they_are_called():
     )
     assert np.median(np.linalg.cond(accuracy.saturated_lstm(rng, 12, 30))) > 1e5
     np.testing.assert_allclose(np.linalg.cond(accuracy.prescribed_condition(rng, 4, 3)), 900)
+
+
+def test_cost_of_unrolling():
+    result = run("unroll", "--cells=gru", "--sizes=6,2,4,3", "--sizes=5,2,3,2", "--repeats=2")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    here = [name for name in recurrent_peers.JAX_PEERS if recurrent_peers.is_installed(name)]
+    others = ["PyTorch"] if recurrent_peers.is_installed("PyTorch") else []
+    assert [line["what"] for line in lines[: len(lines) // 2]] == ["rnnjax", *here, *others, "matmuls only"]
+    assert "geometric mean" in result.stdout.splitlines()[-1]
+
+
+def test_ratios_of_unrolling():
+    """Two sizes whose ratios are 2 and 8: their geometric mean is 4."""
+    times = {
+        "a": {"rnnjax": 1.0, "Flax Linen": 2.0, "Haiku": 3.0},
+        "b": {"rnnjax": 1.0, "Flax Linen": 9.0, "Haiku": 8.0},
+    }
+    measured = [
+        {"cell": "gru", "size": size, "what": what, "median_ms": value}
+        for size, row in times.items()
+        for what, value in row.items()
+    ]
+    mean = unroll_benchmark.rows(measured)[-1]
+    assert mean["fastest JAX peer"] == "4.00×" and mean["Haiku"] == "4.90×" and mean["Flax Linen"] == "4.24×"
+
+
+@pytest.mark.parametrize("kind", recurrent_peers.KINDS)
+def test_peers_are_recurrent_layers_of_the_same_size(kind):
+    inputs = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
+    for name, build in {"rnnjax": recurrent_peers.ours, **recurrent_peers.JAX_PEERS}.items():
+        layer = build(kind, inputs, 4) if recurrent_peers.is_installed(name) else None
+        if layer is None:
+            continue
+        run, params = layer
+        outputs = np.asarray(run(params, inputs))
+        assert outputs.shape == (5, 2, 4)
+        changed = inputs.copy()
+        changed[3] += 1
+        differs = np.abs(np.asarray(run(params, changed)) - outputs).max(axis=(1, 2)) > 1e-7
+        assert differs.tolist() == [False, False, False, True, True], name
+        gradient = jax.grad(unroll_benchmark._loss(run))(params, inputs)
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient) if np.ndim(leaf) == 3), name
+
+
+def test_other_programs_take_turns_too():
+    calls = []
+    made = {"other": (recurrent_peers.Uncompiled(lambda: calls.append(1)), ())}
+    result = take_turns(made, 3)["other"]
+    assert len(calls) == 4 and result["temporary_bytes"] is None and result["median_ms"] < 1e3
