@@ -148,3 +148,13 @@ def test_other_programs_take_turns_too():
     made = {"other": (recurrent_peers.Uncompiled(lambda: calls.append(1)), ())}
     result = take_turns(made, 3)["other"]
     assert len(calls) == 4 and result["temporary_bytes"] is None and result["median_ms"] < 1e3
+
+
+def test_cost_of_training():
+    result = run(
+        "training", "--cells=gru", "--num_steps=6", "--batch_size=2", "--hidden_size=4", "--steps=2", "--repeats=1"
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [line["what"] for line in lines] == ["rnnjax, monitored", "rnnjax", "Flax Linen"]
+    assert all(line["ms_per_step"] > 0 for line in lines)

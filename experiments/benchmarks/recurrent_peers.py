@@ -19,6 +19,11 @@ from experiments.benchmarks.turns import Uncompiled
 Layer = tuple[Callable[[Any, Any], Any], Any]
 OURS = "rnnjax"
 KINDS = ("vanilla", "gru", "lstm")
+LINEN_CELLS = {
+    "vanilla": flax.linen.SimpleCell,
+    "gru": flax.linen.GRUCell,
+    "lstm": flax.linen.OptimizedLSTMCell,
+}
 _OURS = {"vanilla": rnnjax.VanillaCell, "gru": rnnjax.GRUCell, "lstm": rnnjax.LSTMCell}
 
 
@@ -31,12 +36,7 @@ def ours(kind: str, inputs: Any, hidden_size: int) -> Layer:
 
 def linen(kind: str, inputs: Any, hidden_size: int) -> Layer:
     """Flax Linen; for the LSTM its faster cell."""
-    cells = {
-        "vanilla": flax.linen.SimpleCell,
-        "gru": flax.linen.GRUCell,
-        "lstm": flax.linen.OptimizedLSTMCell,
-    }
-    layer = flax.linen.RNN(cells[kind](hidden_size), time_major=True)
+    layer = flax.linen.RNN(LINEN_CELLS[kind](hidden_size), time_major=True)
     return layer.apply, layer.init(jax.random.key(0), inputs)
 
 
