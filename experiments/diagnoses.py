@@ -162,9 +162,7 @@ def main(argv: Sequence[str]) -> int:
             settings |= {"steps": 4 * settings["steps"], "num_seeds": 5, "hidden_size": 64}
         config = Config(**settings)
         config.run_config()
-        options.check_packages("", tensorboard=False)
-        workdir = Workdir.create(FLAGS.workdir)
-        workdir.write_config(config)
+        workdir = options.open_workdir(config)
     return run(config, workdir)
 
 
@@ -174,6 +172,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("hidden_size", Config.hidden_size, "number of units", lower_bound=1)
     flags.DEFINE_integer("seed", Config.seed, "the first seed", lower_bound=0)
     flags.DEFINE_boolean("full", False, "four times the steps, five seeds, 64 units")
-    flags.DEFINE_string("workdir", "results/diagnoses", "directory for the results; must not exist yet, or be empty")
+    options.define_workdir_flag("results/diagnoses")
     flags.adopt_module_key_flags(options)
     app.run(main)

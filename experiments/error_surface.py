@@ -293,9 +293,7 @@ def main(argv: Sequence[str]) -> int:
         options.no_arguments(argv)
         finer = FULL if FLAGS.full else {}
         config = Config(**{name: FLAGS[name].value for name in (*CONFIG_FLAGS, "num_updates")}, **finer)
-        options.check_packages("", tensorboard=False)
-        workdir = Workdir.create(FLAGS.workdir)
-        workdir.write_config(config)
+        workdir = options.open_workdir(config)
     return run(config, workdir)
 
 
@@ -304,5 +302,6 @@ if __name__ == "__main__":
         flags.DEFINE_float(name, getattr(Config, name), text)
     flags.DEFINE_integer("num_updates", Config.num_updates, "updates of each descent")
     flags.DEFINE_boolean("full", False, f"a surface of {FULL['num_points']}² points and {FULL['num_starts']}² starts")
-    flags.DEFINE_string("workdir", "results/error_surface", "directory for the results; must not exist, or be empty")
+    options.define_workdir_flag("results/error_surface")
+    flags.adopt_module_key_flags(options)
     app.run(main)

@@ -254,9 +254,7 @@ def main(argv: Sequence[str]) -> int:
         options.no_arguments(argv)
         given = {name: FLAGS[name].value for name in CONFIG_FLAGS if FLAGS[name].present or not FLAGS.full}
         config = Config(remedies=tuple(FLAGS.remedies), **(FULL if FLAGS.full else {}) | given)
-        options.check_packages("", tensorboard=False)
-        workdir = Workdir.create(FLAGS.workdir)
-        workdir.write_config(config)
+        workdir = options.open_workdir(config)
     return run(config, workdir)
 
 
@@ -265,7 +263,6 @@ if __name__ == "__main__":
         flags.DEFINE_integer(name, getattr(Config, name), text)
     flags.DEFINE_list("remedies", list(REMEDIES), "which remedies to try")
     flags.DEFINE_boolean("full", False, "sizes near the papers': " + ", ".join(f"{k} {v}" for k, v in FULL.items()))
-    flags.DEFINE_string(
-        "workdir", "results/exploding_remedies", "directory for the results; must not exist, or be empty"
-    )
+    options.define_workdir_flag("results/exploding_remedies")
+    flags.adopt_module_key_flags(options)
     app.run(main)

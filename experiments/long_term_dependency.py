@@ -254,9 +254,7 @@ def main(argv: Sequence[str]) -> int:
             FULL_SEEDS if FLAGS.full else FLAGS.num_seeds,
             FLAGS.share_distance,
         )
-        options.check_packages("", tensorboard=False)
-        workdir = Workdir.create(FLAGS.workdir)
-        workdir.write_config(config, networks=NETWORKS)
+        workdir = options.open_workdir(config, networks=NETWORKS)
     return run(config, workdir)
 
 
@@ -266,7 +264,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_seeds", Config.num_seeds, "networks trained of each kind at each distance")
     flags.DEFINE_integer("share_distance", Config.share_distance, "distance at which the gradient is split by lag")
     flags.DEFINE_boolean("full", False, f"{FULL['steps']} steps, hidden size {FULL['hidden_size']}, {FULL_SEEDS} seeds")
-    flags.DEFINE_string(
-        "workdir", "results/long_term_dependency", "directory for the results; must not exist, or be empty"
-    )
+    options.define_workdir_flag("results/long_term_dependency")
+    flags.adopt_module_key_flags(options)
     app.run(main)

@@ -294,14 +294,13 @@ def main(argv: Sequence[str]) -> int:
     with options.user_errors():
         options.no_arguments(argv)
         config = Config(**{name: FLAGS[name].value for name in CONFIG_FLAGS})
-        options.check_packages("", tensorboard=False)
-        workdir = Workdir.create(FLAGS.workdir)
-        workdir.write_config(config)
+        workdir = options.open_workdir(config)
     return run(config, workdir)
 
 
 if __name__ == "__main__":
     for name, text in CONFIG_FLAGS.items():
         flags.DEFINE_integer(name, getattr(Config, name), text)
-    flags.DEFINE_string("workdir", "results/lyapunov_spectra", "directory for the results; must not exist, or be empty")
+    options.define_workdir_flag("results/lyapunov_spectra")
+    flags.adopt_module_key_flags(options)
     app.run(main)

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags, logging
 
 from rnnjax.configuration import CHOICES, RunConfig
+from rnnjax.workdir import Workdir
 
 _DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
@@ -36,9 +37,14 @@ def define_config_flags(*names: str, **defaults: Any) -> None:
             _DEFINERS[kind](field.name, default, text)
 
 
-def define_workdir_flags(default: str) -> None:
+def define_workdir_flag(default: str) -> None:
     """Defines where results go."""
     flags.DEFINE_string("workdir", default, "directory for the results; must not exist yet, or be empty")
+
+
+def define_workdir_flags(default: str) -> None:
+    """Defines where results go, and whether TensorBoard gets them too."""
+    define_workdir_flag(default)
     flags.DEFINE_boolean("tensorboard", False, "write the metrics for TensorBoard too")
 
 
@@ -65,6 +71,14 @@ def check_packages(task: str, *, tensorboard: bool) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} must be installed: pip install 'rnnjax[experiments]'")
+
+
+def open_workdir(config: Any, **more: Any) -> Workdir:
+    """Returns the new directory for the results, with the configuration in it; checks that figures can be drawn."""
+    check_packages("", tensorboard=False)
+    workdir = Workdir.create(flags.FLAGS.workdir)
+    workdir.write_config(config, **more)
+    return workdir
 
 
 def _descriptions() -> dict[str, str]:

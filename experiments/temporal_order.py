@@ -199,9 +199,7 @@ def main(argv: Sequence[str]) -> int:
             FULL_SEEDS if FLAGS.full else FLAGS.num_seeds,
             tuple(INITIALIZATIONS if FLAGS.full else FLAGS.initializations),
         )
-        options.check_packages("", tensorboard=False)
-        workdir = Workdir.create(FLAGS.workdir)
-        workdir.write_config(config, methods=METHODS, initialization_settings=INITIALIZATIONS)
+        workdir = options.open_workdir(config, methods=METHODS, initialization_settings=INITIALIZATIONS)
     return run(config, workdir)
 
 
@@ -213,5 +211,6 @@ if __name__ == "__main__":
     flags.DEFINE_boolean(
         "full", False, f"lengths up to {FULL_LENGTHS[-1]}, {FULL_SEEDS} seeds, 5 million sequences, learning rate 0.01"
     )
-    flags.DEFINE_string("workdir", "results/temporal_order", "directory for the results; must not exist, or be empty")
+    options.define_workdir_flag("results/temporal_order")
+    flags.adopt_module_key_flags(options)
     app.run(main)
