@@ -63,8 +63,10 @@ def test_a_bound_that_is_not_reached_changes_nothing(cell):
 
         return jax.grad(loss)(params)
 
-    for free, bounded in zip(jax.tree.leaves(gradient(None)), jax.tree.leaves(gradient(1e9)), strict=True):
-        np.testing.assert_array_equal(free, bounded)
+    for free, bounded, looser in zip(*map(jax.tree.leaves, map(gradient, (None, 1e9, 1e12))), strict=True):
+        np.testing.assert_array_equal(bounded, looser)
+        # Without a bound the derivative takes another route, which rounds otherwise.
+        np.testing.assert_allclose(free, bounded, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, 3e38])

@@ -15,6 +15,8 @@ from rnnjax.configuration import RunConfig
 from rnnjax.train import fit
 from rnnjax.workdir import Workdir
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"task": "adding", "length": 6, "hidden_size": 4, "steps": 5, "batch_size": 4, "evaluate_every": 2}
 
 

@@ -10,6 +10,8 @@ from rnnjax import products, testing
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.operators import DenseJacobians, StructuredJacobians
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS, SIZE = 60, 6
 
 

@@ -97,8 +97,8 @@ def test_metrics_have_the_documented_fields(regimes):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"task": "adding", "length": 6, "cell": "leaky", "truncation": 3},
-        {"task": "copy", "length": 2, "cell": "gru", "monitor_every": 0},
+        pytest.param({"task": "adding", "length": 6, "cell": "leaky", "truncation": 3}, marks=pytest.mark.slow),
+        pytest.param({"task": "copy", "length": 2, "cell": "gru", "monitor_every": 0}, marks=pytest.mark.slow),
         {"task": "digits", "num_layers": 2, "skip_connections": True, "activation": "relu", "initializer": "identity"},
     ],
     ids=lambda settings: settings["task"],

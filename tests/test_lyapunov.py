@@ -15,6 +15,8 @@ from rnnjax.frames import frame_growth, random_frame
 from rnnjax.lyapunov import finite_time_exponents, kaplan_yorke_dimension, lyapunov_spectrum
 from rnnjax.operators import DenseJacobians
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ("num_steps", "num_exponents", "num_transient", "num_state_transient", "block_length")
 spectrum = jax.jit(lyapunov_spectrum, static_argnames=OPTIONS)
 LIMIT = {"float32": 1e-5, "float64": 1e-12}  # nats per step

@@ -184,6 +184,7 @@ def test_vanilla_spectrum_agrees_with_simulation():
     assert exponents[:, 0].mean() == pytest.approx(theory[0], abs=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gain", "leak", "bias_variance", "activation"),
     [
