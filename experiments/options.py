@@ -8,6 +8,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -79,6 +80,13 @@ def open_workdir(config: Any, **more: Any) -> Workdir:
     workdir = Workdir.create(flags.FLAGS.workdir)
     workdir.write_config(config, **more)
     return workdir
+
+
+def check_new_figure(name: str, path: str) -> None:
+    """Raises ValueError unless ``path`` is that of a PNG file that can be made; ImportError without Matplotlib."""
+    check_packages("", tensorboard=False)
+    if not path.endswith(".png") or Path(path).exists() or not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{name} must be a new file ending in .png in a directory that is there, got {path!r}")
 
 
 def _descriptions() -> dict[str, str]:

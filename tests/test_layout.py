@@ -75,6 +75,7 @@ LAYOUT = [
     "rnnjax.spectral_plots",
     "rnnjax.remedy_plots",
     "rnnjax.diagnosis_plots",
+    "rnnjax.cost_plots",
     "rnnjax.comparison_plots",
     "rnnjax.dependency_plots",
     "rnnjax",

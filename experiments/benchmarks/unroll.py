@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from absl import app, flags
 from experiments import options
 from experiments.benchmarks import recurrent_peers as peers
 from experiments.benchmarks.turns import take_turns
+from rnnjax.cost_plots import times_beside
+from rnnjax.plots import save_figure
 from rnnjax.serialization import format_table
 
 FLAGS = flags.FLAGS
@@ -77,6 +80,8 @@ def main(argv: Sequence[str]) -> None:
         options.no_arguments(argv)
         sizes = [_sizes(text) for text in FLAGS.sizes]
         repeats = options.positive_integer("repeats", FLAGS.repeats)
+        if FLAGS.figure:
+            options.check_new_figure("figure", FLAGS.figure)
     measured = []
     for kind in FLAGS.cells:
         for size in sizes:
@@ -89,6 +94,8 @@ def main(argv: Sequence[str]) -> None:
             sys.stdout.flush()
             jax.clear_caches()
     sys.stdout.write("\n" + format_table(rows(measured)) + "\n")
+    if FLAGS.figure:
+        save_figure(times_beside(measured, peers.OURS), Path(FLAGS.figure))
 
 
 def _sizes(text: str) -> tuple[int, int, int, int]:
@@ -103,4 +110,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_enum("cells", list(peers.KINDS), list(peers.KINDS), "which cells")
     flags.DEFINE_multi_string("sizes", list(SIZES), "sizes T,B,H,D, once each")
     flags.DEFINE_integer("repeats", 15, "timed calls of each contestant")
+    flags.DEFINE_string("figure", None, "PNG file to draw the table to; must not exist yet")
     app.run(main)
