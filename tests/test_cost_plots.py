@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from figure_checks import outside, overlaps
 
 from rnnjax.cost_plots import times_beside
+from tests.figure_checks import outside, overlaps
 
 TIMES = {
     ("gru", "9, 1, 4, 2"): {"ours": 2.0, "a": 3.0, "b": 1.0},
