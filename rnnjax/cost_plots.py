@@ -54,8 +54,7 @@ def times_beside(measured: Sequence[Mapping[str, Any]], unit: str) -> "Figure":
         axes.minorticks_off()
         axes.set_xlabel(f"time / time of {unit}")
     panels.flat[0].set_ylabel("T, B, H, D")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(names)), frameon=False)
+    drawing.add_legend(figure, {name: drawing.run_style(i) | {"linewidth": 0} for i, name in enumerate(names)})
     return figure
 
 

@@ -23,7 +23,7 @@ def rows():
 
 def test_points_are_ratios():
     figure = times_beside(rows(), "ours")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     gru, lstm = figure.axes
     points = {c.get_label(): np.ma.filled(c.get_offsets()[:, 0], np.nan) for c in gru.collections}
     np.testing.assert_allclose(points["a"], [1.5, 1.0])
