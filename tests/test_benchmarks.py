@@ -56,7 +56,7 @@ def test_what_is_timed_is_right():
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [("spectra", "--sizes=0"), ("spectra", "--repeats=0"), ("lyapunov", "--sizes=x"), ("unroll", "--sizes=1,2,3")],
+    [("spectra", "--sizes=0"), ("spectra", "--repeats=0"), ("lyapunov", "--sizes=x"), ("unroll", "--repeats=0")],
 )
 def test_impossible_settings_are_one_line_and_a_status(name, argument):
     result = run(name, argument)
@@ -123,6 +123,13 @@ def test_ratios_of_unrolling():
     ]
     mean = unroll_benchmark.rows(measured)[-1]
     assert mean["fastest JAX peer"] == "4.00×" and mean["Haiku"] == "4.90×" and mean["Flax Linen"] == "4.24×"
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,0", "1,2,3,x", ""])
+def test_sizes_are_four_positive_integers(text):
+    assert unroll_benchmark._sizes(" 5,1, 2,3") == (5, 1, 2, 3)
+    with pytest.raises(ValueError, match="sizes must be four positive integers"):
+        unroll_benchmark._sizes(text)
 
 
 @pytest.mark.parametrize("kind", recurrent_peers.KINDS)
