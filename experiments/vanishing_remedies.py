@@ -64,7 +64,7 @@ class Config:
 
     num_seeds: int = 3
     steps: int = 800
-    recall_steps: int = 1000
+    recall_steps: int = 600
     adding_length: int = 50
     recall_distance: int = 20
     hidden_size: int = 32
