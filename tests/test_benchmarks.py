@@ -108,6 +108,14 @@ def test_cost_of_unrolling():
     others = ["PyTorch"] if recurrent_peers.is_installed("PyTorch") else []
     assert [line["what"] for line in lines[: len(lines) // 2]] == ["rnnjax", *here, *others, "matmuls only"]
     assert "geometric mean" in result.stdout.splitlines()[-1]
+    own = run(
+        "unroll",
+        "--cells=gru",
+        "--sizes=9,2,3,2",
+        "--repeats=1",
+        *(f"--contestants={n}" for n in unroll_benchmark.NAMES[:2]),
+    )
+    assert [json.loads(line)["what"] for line in own.stdout.splitlines()[:2]] == ["rnnjax", "rnnjax, checkpoints"]
 
 
 def test_ratios_of_unrolling():

@@ -27,11 +27,15 @@ LINEN_CELLS = {
 _OURS = {"vanilla": rnnjax.VanillaCell, "gru": rnnjax.GRUCell, "lstm": rnnjax.LSTMCell}
 
 
-def ours(kind: str, inputs: Any, hidden_size: int) -> Layer:
+def ours(kind: str, inputs: Any, hidden_size: int, checkpoint_every: int | None = None) -> Layer:
     """rnnjax."""
     cell = _OURS[kind](hidden_size)
     params = cell.init(jax.random.key(0), inputs.shape[-1])
-    return lambda params, inputs: rnnjax.unroll(cell, params, inputs)[1], params
+
+    def run(params: Any, inputs: Any) -> Any:
+        return rnnjax.unroll(cell, params, inputs, checkpoint_every=checkpoint_every)[1]
+
+    return run, params
 
 
 def linen(kind: str, inputs: Any, hidden_size: int) -> Layer:

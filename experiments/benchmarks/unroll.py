@@ -7,10 +7,15 @@ for rnnjax, Flax (Linen and NNX), Haiku, Equinox and PyTorch (the extra "benchma
 out), and the products of matrices alone as a floor. All take turns in one process. Lines of JSON with first call
 (compilation included), median time and temporary memory, then a table of medians in ms with our time as the unit, the
 geometric means over the sizes, and a figure if --figure names a file.
+
+  python -m experiments.benchmarks.unroll --sizes=1000,1,128,32 --sizes=100000,1,128,32 --contestants=rnnjax
+
+is for long sequences; "rnnjax, checkpoints" keeps every ⌈√T⌉-th state alone.
 """
 
 import json
 import math
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,21 +37,34 @@ SIZES = ("200,32,128,32", "200,16,64,8", "100,64,256,128", "1000,8,64,4", "50,12
 """T, B, H, D."""
 PAUSE = 0.02
 FLOOR = "matmuls only"
+FASTEST = "fastest JAX peer"
+CHECKPOINTS = "rnnjax, checkpoints"
+NAMES = (peers.OURS, CHECKPOINTS, *peers.JAX_PEERS, "PyTorch", FLOOR)
 
 
-def contestants(kind: str, sizes: tuple[int, int, int, int]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Returns programs by name, not compiled yet, and the arguments of each."""
+def contestants(
+    kind: str, sizes: tuple[int, int, int, int], names: Sequence[str]
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Returns programs by name, not compiled yet, and the arguments of each; those that are not here are left out."""
     num_steps, batch_size, hidden_size, input_size = sizes
     inputs = jax.random.normal(jax.random.key(1), (num_steps, batch_size, input_size))
     made: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-    for name, build in {peers.OURS: peers.ours, **peers.JAX_PEERS}.items():
-        layer = build(kind, inputs, hidden_size) if peers.is_installed(name) else None
-        if layer is not None:
+    for name in (name for name in names if peers.is_installed(name)):
+        if name == "PyTorch":
+            made[name] = (peers.torch(kind, inputs, hidden_size), ())
+        elif name == FLOOR:
+            run, params = peers.matmul_floor(kind, inputs, hidden_size)
+            made[name] = (jax.jit(run), (params, inputs))
+        elif (layer := _layer(name, kind, inputs, hidden_size)) is not None:
             made[name] = (jax.jit(jax.value_and_grad(_loss(layer[0]))), (layer[1], inputs))
-    if peers.is_installed("PyTorch"):
-        made["PyTorch"] = (peers.torch(kind, inputs, hidden_size), ())
-    run, params = peers.matmul_floor(kind, inputs, hidden_size)
-    return made | {FLOOR: (jax.jit(run), (params, inputs))}
+    return made
+
+
+def _layer(name: str, kind: str, inputs: Any, hidden_size: int) -> peers.Layer | None:
+    if name in peers.JAX_PEERS:
+        return peers.JAX_PEERS[name](kind, inputs, hidden_size)
+    every = math.ceil(math.sqrt(len(inputs))) if name == CHECKPOINTS else None
+    return peers.ours(kind, inputs, hidden_size, checkpoint_every=every)
 
 
 def _loss(layer: Any) -> Any:
@@ -61,13 +79,15 @@ def rows(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ratios: dict[str, list[float]] = {}
         for size in dict.fromkeys(m["size"] for m in own):
             times = {m["what"]: m["median_ms"] for m in own if m["size"] == size}
-            unit = times[peers.OURS]
+            unit = times.get(peers.OURS, math.nan)
             for name, value in times.items():
                 ratios.setdefault(name, []).append(value / unit)
-            fastest = min((v for n, v in times.items() if n in peers.JAX_PEERS), default=math.nan)
-            ratios.setdefault("fastest JAX peer", []).append(fastest / unit)
             shown = {name: f"{value:.1f} ({value / unit:.2f}×)" for name, value in times.items()}
-            table.append({"cell": kind, "T, B, H, D": size} | shown | {"fastest JAX peer": f"{fastest / unit:.2f}×"})
+            rivals = [value / unit for name, value in times.items() if name in peers.JAX_PEERS]
+            if rivals:
+                ratios.setdefault(FASTEST, []).append(min(rivals))
+                shown[FASTEST] = f"{min(rivals):.2f}×"
+            table.append({"cell": kind, "T, B, H, D": size} | shown)
         means = {name: f"{math.exp(sum(map(math.log, r)) / len(r)):.2f}×" for name, r in ratios.items()}
         table.append({"cell": kind, "T, B, H, D": "geometric mean"} | means | {peers.OURS: "1.00×"})
     return table
@@ -85,10 +105,14 @@ def main(argv: Sequence[str]) -> None:
     measured = []
     for kind in FLAGS.cells:
         for size in sizes:
-            results = take_turns(contestants(kind, size), repeats, PAUSE if peers.is_installed("PyTorch") else 0)
+            results = take_turns(
+                contestants(kind, size, FLAGS.contestants), repeats, PAUSE if peers.is_installed("PyTorch") else 0
+            )
             for name, result in results.items():
                 setting = {"cell": kind, "size": ", ".join(map(str, size)), "what": name}
                 setting["device"] = jax.devices()[0].device_kind
+                # Of the whole process up to now, in kibibytes: it says something of the first contestant alone.
+                setting["process_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 measured.append(setting | result)
                 sys.stdout.write(json.dumps(measured[-1]) + "\n")
             sys.stdout.flush()
@@ -109,6 +133,8 @@ def _sizes(text: str) -> tuple[int, int, int, int]:
 if __name__ == "__main__":
     flags.DEFINE_multi_enum("cells", list(peers.KINDS), list(peers.KINDS), "which cells")
     flags.DEFINE_multi_string("sizes", list(SIZES), "sizes T,B,H,D, once each")
+    everyone = [name for name in NAMES if name != CHECKPOINTS]
+    flags.DEFINE_multi_enum("contestants", everyone, list(NAMES), "whom to time")
     flags.DEFINE_integer("repeats", 15, "timed calls of each contestant")
     flags.DEFINE_string("figure", None, "PNG file to draw the table to; must not exist yet")
     app.run(main)
