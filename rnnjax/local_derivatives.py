@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from rnnjax import activations
 from rnnjax.cells import AffineCell
 from rnnjax.typing import Array, Carry
 
@@ -68,7 +69,8 @@ class LocalDerivatives:
             terms += [derivative * carry[j] for (k, j), derivative in self.by_carry.items() if k == i]
             terms += [derivative * new[k] for (n, k), derivative in self.by_result.items() if n == i]
             terms += [d * inputs[g] for (k, g), d in self.by_input.items() if k == i and g in inputs]
-            new[i] = functools.reduce(jnp.add, [term for term in terms if term is not None])
+            there = [term for term in terms if term is not None]
+            new[i] = functools.reduce(jnp.add, there) if there else jnp.zeros_like(carry[i])
         return [new[i] for i in range(len(new))]
 
     def by_old_carry(self) -> Array:
@@ -159,8 +161,9 @@ class PointwiseProgram:
         found = {}
         for gate, variable in enumerate(self.sums):
             uses = [] if variable is None else self._uses(variable)
-            if len(uses) == 1 and uses[0] is not None and _primitive(uses[0]) in _GATE_ACTIVATIONS:
-                found[gate] = (uses[0].outvars[0], _GATE_ACTIVATIONS[_primitive(uses[0])])
+            scale = _activation(uses[0]) if len(uses) == 1 and uses[0] is not None else None
+            if scale is not None:
+                found[gate] = (uses[0].outvars[0], scale)
         return found
 
     def _bound(self, carry: list[Array], inputs: Array, recurrent: Array) -> tuple[dict[Any, Array], Array | None]:
@@ -238,7 +241,7 @@ class PointwiseProgram:
         return known[variable]
 
     def _apply(self, eqn: Any, values: list[Array]) -> list[Array]:
-        scale = None if self.exact else _GATE_ACTIVATIONS.get(_primitive(eqn))
+        scale = None if self.exact else _activation(eqn)
         if scale is not None:
             return [jnp.tanh(values[0] * scale) * scale + (1 - scale)] if scale != 1 else [jnp.tanh(values[0])]
         free = [(used, value) for used, value in zip(eqn.invars, values, strict=True) if isinstance(used, core.Var)]
@@ -259,14 +262,15 @@ class PointwiseProgram:
         by_input, by_carry, by_result, copies = {}, {}, {}, []
         for i, row in rows.items():
             for leaf, derivative in row.items():
+                earlier = [k for k in order[: order.index(i)] if self.results[k] is leaf]
                 if leaf in self.carry and leaf is self.results[i]:
                     copies.append((i, self.carry.index(leaf)))
                 elif leaf in self.carry:
                     by_carry[i, self.carry.index(leaf)] = derivative[..., 0, :]
                 elif leaf in self.inputs:
                     by_input[i, self.inputs.index(leaf)] = derivative[..., 0, :]
-                elif leaf in self.results and leaf is not self.results[i]:
-                    by_result[i, self.results.index(leaf)] = derivative[..., 0, :]
+                elif earlier:
+                    by_result[i, earlier[0]] = derivative[..., 0, :]
                 else:
                     by_gate[self._gate(leaf)].append((i, derivative))
         depth = max(1, *(len(found) for found in by_gate))
@@ -293,13 +297,16 @@ class PointwiseProgram:
         return stacked * slopes if slopes is not None and len(self.activated) == len(arrays) else stacked
 
 
-def _primitive(eqn: Any) -> str:
-    """Returns the name of what an equation does, looking into calls that do only one thing."""
-    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    if inner is None or eqn.primitive.name == "scan":
-        return eqn.primitive.name
-    eqns = inner.jaxpr.eqns if isinstance(inner, core.ClosedJaxpr) else inner.eqns
-    return _primitive(eqns[0]) if len(eqns) == 1 else eqn.primitive.name
+def _activation(eqn: Any) -> float | None:
+    """Returns s of the table above if all that an equation does is tanh or sigmoid, with their own derivatives."""
+    name, inner = eqn.primitive.name, eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    if name in ("jit", "pjit") and len(inner.jaxpr.eqns) == 1:
+        return _activation(inner.jaxpr.eqns[0])
+    if name == "custom_jvp_call":
+        # A derivative of the user's own, such as a surrogate gradient, is not ours to replace.
+        ours = {f"{name} at {activations.__file__}": kind for name, kind in (("tanh", "tanh"), ("sigmoid", "logistic"))}
+        name = ours.get(inner.jaxpr.debug_info.func_src_info.rpartition(":")[0], "")
+    return _GATE_ACTIVATIONS.get(name)
 
 
 def _gates(array: Array, *chosen: int) -> Array:

@@ -38,7 +38,35 @@ class TangledCell(AffineCell):
         return hidden, memory, 0.7 * d + hidden * h
 
 
+@jax.custom_jvp
+def surrogate(a):
+    return jnp.tanh(a)
+
+
+@surrogate.defjvp
+def _surrogate_jvp(primals, tangents):
+    """Not the derivative of tanh."""
+    return surrogate(primals[0]), tangents[0] / (1 + primals[0] ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwinCell(AffineCell):
+    """Carries the same number twice, and one that never changes."""
+
+    num_gates = 1
+
+    @property
+    def num_carries(self):
+        return 3
+
+    def pointwise(self, carry, input_preactivation, recurrent_preactivation):
+        hidden = jnp.tanh(input_preactivation[0] + recurrent_preactivation[0]) + 0.5 * carry[1] * carry[2]
+        return hidden, hidden, jnp.ones_like(carry[2])
+
+
 CELLS = {
+    "surrogate": rnnjax.VanillaCell(H, activation=surrogate),
+    "twin": TwinCell(H),
     "tanh": rnnjax.VanillaCell(H),
     "relu": rnnjax.VanillaCell(H, activation="relu"),
     "sigmoid": rnnjax.VanillaCell(H, activation="sigmoid"),
@@ -213,11 +241,15 @@ def _scans(jaxpr):
 
 def test_how_a_pointwise_function_is_taken_apart():
     lstm = PointwiseProgram(rnnjax.LSTMCell(H), (B, H), jnp.float32, exact=False)
+    assert [scale for _, scale in lstm.activated.values()] == [0.5, 0.5, 1, 0.5]
     zeros, gates = jnp.zeros((B, H)), jnp.zeros((B, 4, H))
     _, local = lstm.value_and_derivatives([zeros, zeros], gates, gates)
     assert local.receivers == ((1, 1, 1, 0),) and local.order == (1, 0) and all(local.summed)
     assert set(local.by_carry) == {(1, 1)} and set(local.by_result) == {(0, 1)} and not local.by_input
     gru = PointwiseProgram(rnnjax.GRUCell(H), (B, H), jnp.float32, exact=False)
+    assert list(gru.activated) == [0, 1]
+    assert PointwiseProgram(CELLS["tanh"], (B, H), jnp.float32, exact=False).activated
+    assert not PointwiseProgram(CELLS["surrogate"], (B, H), jnp.float32, exact=False).activated
     _, local = gru.value_and_derivatives([zeros], gates[:, :3], gates[:, :3])
     assert local.summed == (True, True, False) and set(local.by_input) == {(0, 2)}
     assert len(local.by_gate) == 1 and local.receivers == ((0, 0, 0),)
