@@ -231,8 +231,9 @@ def test_the_carry_of_the_backward_scan_is_the_state_alone():
 def _scans(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
-            first, number = eqn.params["num_consts"], eqn.params["num_carry"]
-            yield eqn.params["length"], [v.aval.shape for v in eqn.invars[first : first + number]]
+            length = eqn.params["length"]
+            # What is stacked over the steps begins with their number; the rest is carried.
+            yield length, [v.aval.shape for v in eqn.outvars if v.aval.shape[:1] != (length,)]
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
