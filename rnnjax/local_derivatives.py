@@ -19,6 +19,8 @@ from rnnjax import activations
 from rnnjax.cells import AffineCell
 from rnnjax.typing import Array, Carry
 
+_CORE: Any = core
+"""Untyped: JAX versions differ in what of it they declare."""
 _GATE_ACTIVATIONS = {"tanh": 1.0, "logistic": 0.5}
 """Primitives φ(a) = s tanh(s a) + 1 − s, by name, with s."""
 
@@ -138,10 +140,10 @@ class PointwiseProgram:
         self.jaxpr = traced.jaxpr
         self.constants = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
         variables = traced.jaxpr.invars
-        self.carry = variables[: cell.num_carries]
-        self.inputs = variables[cell.num_carries :][: cell.num_gates]
+        self.carry: list[Any] = variables[: cell.num_carries]
+        self.inputs: list[Any] = variables[cell.num_carries :][: cell.num_gates]
         self.recurrent = variables[-cell.num_gates :]
-        self.results = traced.jaxpr.outvars
+        self.results: list[Any] = traced.jaxpr.outvars
         self.producers = {out: eqn for eqn in traced.jaxpr.eqns for out in eqn.outvars}
         self.sums = [self._sum(u, r) for u, r in zip(self.inputs, self.recurrent, strict=True)]
         self.activated = {} if exact else self._activated()
@@ -253,7 +255,7 @@ class PointwiseProgram:
             eqns=[eqn],
             debug_info=self.jaxpr.debug_info.with_unknown_names(),
         )
-        return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*distinct.values())
+        return _CORE.jaxpr_as_fun(_CORE.ClosedJaxpr(alone, ()))(*distinct.values())
 
     def _assembled(
         self, rows: dict[int, dict[Any, Array]], slopes: Array | None, order: tuple[int, ...], like: Array
