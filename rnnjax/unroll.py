@@ -239,9 +239,9 @@ def _unroll_steps(
     cell: Cell, scan: _Scan, params: Params, carry: Carry, xs: tuple[Any, Controls, Any]
 ) -> tuple[Carry, Any]:
     inputs, controls, perturbations = xs
+    reset_carry = _initial_carry(cell, params, inputs, None)
     if isinstance(cell, AffineCell):
         params = scan.settings.rounded(params)
-    reset_carry = jax.tree.map(lambda new, old: new.astype(old.dtype), _reset_carry(cell, inputs), carry)
     num_batch_axes = len(cell.batch_shape(inputs))
 
     def step(carry: Carry, xs: tuple[Any, Controls, Any]) -> tuple[Carry, Any]:
@@ -255,10 +255,6 @@ def _unroll_steps(
 
     prepared = cell.prepare_inputs(params, inputs)
     return jax.lax.scan(step, carry, (prepared, controls, perturbations), reverse=scan.settings.reverse)
-
-
-def _reset_carry(cell: Cell, inputs: Any) -> Carry:
-    return cell.initialize_carry(cell.batch_shape(inputs))
 
 
 def _checked_compute_dtype(cell: Cell, dtype: DType) -> Any:
