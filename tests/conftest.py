@@ -13,6 +13,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+# Compiling takes most of the time of a test; with XLA_FLAGS set, even to nothing, it compiles as it does for users.
+_QUICK_TO_COMPILE = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if jax.__version_info__[:2] == (0, 10):  # A flag that other versions do not know ends the process.
+    _QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK_TO_COMPILE))
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
