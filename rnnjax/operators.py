@@ -327,8 +327,12 @@ def check_finite(jacobians: Jacobians) -> None:
         return
     if isinstance(jacobians, StructuredJacobians):
         validation.finite("jacobians.recurrent_kernel", jacobians.recurrent_kernel)
-    finite = jax.jit(lambda operator: operator.finite())(jacobians)
-    validation.finite_steps("step Jacobian", np.where(finite, 0.0, np.nan))
+    validation.finite_steps("step Jacobian", np.where(_finite(jacobians), 0.0, np.nan))
+
+
+@jax.jit
+def _finite(jacobians: Jacobians) -> Array:
+    return jacobians.finite()
 
 
 def _mixed(derivatives: Array, parts: Array) -> Array:
