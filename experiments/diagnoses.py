@@ -56,6 +56,7 @@ regime: of the last recurrent layer before training, with its confidence; advice
 accuracy, loss: held-out, mean over the seeds, without and with the advice followed. better: the loss is lower and the
 accuracy no worse. Networks that get no advice are trained once.
 """
+FULL = {"steps": 1600, "num_seeds": 5, "hidden_size": 64}
 _DIAGNOSED = 8
 
 
@@ -157,10 +158,7 @@ def main(argv: Sequence[str]) -> int:
     with options.user_errors():
         options.no_arguments(argv)
         names = [field.name for field in dataclasses.fields(Config)]
-        settings = {name: FLAGS[name].value for name in names}
-        if FLAGS.full:
-            settings |= {"steps": 4 * settings["steps"], "num_seeds": 5, "hidden_size": 64}
-        config = Config(**settings)
+        config = Config(**{name: FLAGS[name].value for name in names} | options.larger_settings(FULL))
         config.run_config()
         workdir = options.open_workdir(config)
     return run(config, workdir)
@@ -171,7 +169,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_seeds", Config.num_seeds, "networks trained of each configuration", lower_bound=1)
     flags.DEFINE_integer("hidden_size", Config.hidden_size, "number of units", lower_bound=1)
     flags.DEFINE_integer("seed", Config.seed, "the first seed", lower_bound=0)
-    flags.DEFINE_boolean("full", False, "four times the steps, five seeds, 64 units")
+    options.define_full_flag(FULL)
     options.define_workdir_flag("results/diagnoses")
     flags.adopt_module_key_flags(options)
     app.run(main)

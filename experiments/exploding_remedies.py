@@ -199,8 +199,6 @@ def write_report(config: Config, workdir: Workdir) -> None:
     """Prints and writes the tables and draws the figure from the saved arrays of the remedies that are done."""
     results = {start: finished(workdir, start) for start in STARTS}
     results = {start: runs for start, runs in results.items() if runs}
-    if not results:
-        return
     for start, runs in results.items():
         rows = [table_row(remedy, arrays) for remedy, arrays in runs.items()]
         sys.stdout.write(f"\n{TITLES[start]}\n{workdir.write_table(f'table_{start}', rows)}\n")
@@ -230,21 +228,19 @@ def file_name(start: str, remedy: str) -> str:
     return f"{start}_{list(REMEDIES).index(remedy):02d}"
 
 
+def train_all(config: Config, workdir: Workdir) -> None:
+    """Trains with every remedy and saves what is measured below ``workdir``."""
+    for start in STARTS:
+        runs = config.runs(start)
+        for index, (remedy, settings) in enumerate(runs.items()):
+            label = f"{TITLES[start]} {index + 1}/{len(runs)}, {remedy}"
+            workdir.save_arrays(file_name(start, remedy), **train(label, settings, config.num_seeds))
+
+
 def run(config: Config, workdir: Workdir) -> int:
     """Trains everything and writes all results below ``workdir``; returns the exit status."""
-    try:
-        for start in STARTS:
-            runs = config.runs(start)
-            for index, (remedy, settings) in enumerate(runs.items()):
-                label = f"{TITLES[start]} {index + 1}/{len(runs)}, {remedy}"
-                arrays = train(label, settings, config.num_seeds)
-                workdir.save_arrays(file_name(start, remedy), **arrays)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the report is of what is done\n")
-        write_report(config, workdir)
-        return 130
-    write_report(config, workdir)
-    return 0
+    arguments = (config, workdir)
+    return options.measure_and_report(lambda: train_all(*arguments), lambda: write_report(*arguments), workdir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -252,17 +248,15 @@ def main(argv: Sequence[str]) -> int:
     options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
-        given = {name: FLAGS[name].value for name in CONFIG_FLAGS if FLAGS[name].present or not FLAGS.full}
-        config = Config(remedies=tuple(FLAGS.remedies), **(FULL if FLAGS.full else {}) | given)
+        sizes = {name: FLAGS[name].value for name in CONFIG_FLAGS} | options.larger_settings(FULL)
+        config = Config(remedies=tuple(FLAGS.remedies), **sizes)
         workdir = options.open_workdir(config)
     return run(config, workdir)
 
 
 if __name__ == "__main__":
-    for name, text in CONFIG_FLAGS.items():
-        flags.DEFINE_integer(name, getattr(Config, name), text)
+    options.define_integer_flags(Config, CONFIG_FLAGS, FULL)
     flags.DEFINE_list("remedies", list(REMEDIES), "which remedies to try")
-    flags.DEFINE_boolean("full", False, "sizes near the papers': " + ", ".join(f"{k} {v}" for k, v in FULL.items()))
     options.define_workdir_flag("results/exploding_remedies")
     flags.adopt_module_key_flags(options)
     app.run(main)

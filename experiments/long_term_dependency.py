@@ -44,8 +44,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 """What tells the networks apart."""
 CONFIG_FLAGS = ("hidden_size", "steps", "batch_size", "clip_norm", "evaluate_every", "seed")
 DEFAULTS = {"hidden_size": 32, "steps": 400, "batch_size": 16, "evaluate_every": 50}
-FULL = {"hidden_size": 128, "steps": 4000, "batch_size": 64, "evaluate_every": 200}
-FULL_SEEDS = 8
+FULL = {"hidden_size": 128, "steps": 4000, "batch_size": 64, "evaluate_every": 200, "num_seeds": 8}
 SOLVED = 0.9
 """Accuracy from which on a distance counts as bridged."""
 
@@ -226,20 +225,18 @@ def write_report(config: Config, workdir: Workdir) -> None:
     sys.stdout.write(f"\n{CAPTION.format(short=config.share_distance // 5, **told)}Results are in {workdir.path}\n")
 
 
+def train_all(config: Config, workdir: Workdir) -> None:
+    """Trains and measures every network and saves the results below ``workdir``."""
+    for distance in config.distances:
+        for name in NETWORKS:
+            if worth_training(config, workdir, name, distance):
+                train(config, workdir, name, distance)
+
+
 def run(config: Config, workdir: Workdir) -> int:
     """Trains and measures everything and writes all results below ``workdir``; returns the exit status."""
-    status = 0
-    try:
-        for distance in config.distances:
-            for name in NETWORKS:
-                if worth_training(config, workdir, name, distance):
-                    train(config, workdir, name, distance)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what follows is from the networks that are done\n")
-        status = 130
-    if any(workdir.path.glob("*.npz")):
-        write_report(config, workdir)
-    return status
+    arguments = (config, workdir)
+    return options.measure_and_report(lambda: train_all(*arguments), lambda: write_report(*arguments), workdir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -247,11 +244,12 @@ def main(argv: Sequence[str]) -> int:
     options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
-        larger = FULL if FLAGS.full else {}
+        larger = options.larger_settings(FULL)
+        num_seeds = larger.pop("num_seeds", FLAGS.num_seeds)
         config = Config(
             options.config_from_flags(task="language_recall", **larger),
             tuple(options.positive_integer("distances", text) for text in FLAGS.distances),
-            FULL_SEEDS if FLAGS.full else FLAGS.num_seeds,
+            num_seeds,
             FLAGS.share_distance,
         )
         workdir = options.open_workdir(config, networks=NETWORKS)
@@ -263,7 +261,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("distances", [str(distance) for distance in Config.distances], "numbers of words in between")
     flags.DEFINE_integer("num_seeds", Config.num_seeds, "networks trained of each kind at each distance")
     flags.DEFINE_integer("share_distance", Config.share_distance, "distance at which the gradient is split by lag")
-    flags.DEFINE_boolean("full", False, f"{FULL['steps']} steps, hidden size {FULL['hidden_size']}, {FULL_SEEDS} seeds")
+    options.define_full_flag(FULL)
     options.define_workdir_flag("results/long_term_dependency")
     flags.adopt_module_key_flags(options)
     app.run(main)

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,37 @@ def open_workdir(config: Any, **more: Any) -> Workdir:
     workdir = Workdir.create(flags.FLAGS.workdir)
     workdir.write_config(config, **more)
     return workdir
+
+
+def define_integer_flags(config: type, descriptions: dict[str, str], full: dict[str, int]) -> None:
+    """Defines flags for fields of a dataclass, their defaults those of the fields, and ``--full`` for larger ones."""
+    for name, text in descriptions.items():
+        flags.DEFINE_integer(name, getattr(config, name), text)
+    define_full_flag(full)
+
+
+def define_full_flag(full: dict[str, Any]) -> None:
+    """Defines ``--full`` for larger settings; `larger_settings` reads it."""
+    sizes = ", ".join(f"{name} {value}" for name, value in full.items())
+    flags.DEFINE_boolean("full", False, f"a longer run: {sizes}, each unless given by its own flag")
+
+
+def larger_settings(full: dict[str, Any]) -> dict[str, Any]:
+    """Returns what ``--full`` sets, but for what the command line gives itself; nothing without it."""
+    return {name: value for name, value in full.items() if flags.FLAGS.full and not flags.FLAGS[name].present}
+
+
+def measure_and_report(measure: Callable[[], None], report: Callable[[], None], workdir: Workdir) -> int:
+    """Measures, then reports what is done, after Ctrl-C too; returns the exit status."""
+    status = 0
+    try:
+        measure()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the report is of what is done\n")
+        status = 130
+    if any(workdir.path.glob("*.npz")):
+        report()
+    return status
 
 
 def check_new_figure(name: str, path: str) -> None:

@@ -43,8 +43,7 @@ CONFIG_FLAGS = ("hidden_size", "steps", "batch_size", "learning_rate", "evaluate
 DEFAULTS = {"hidden_size": 50, "steps": 1500, "batch_size": 20, "learning_rate": 0.1, "evaluate_every": 100}
 FULL = {"steps": 250_000, "learning_rate": 0.01, "evaluate_every": 1000}
 """With 20 sequences a step, 5 million in all."""
-FULL_LENGTHS = (20, 50, 100, 150, 200)
-FULL_SEEDS = 50
+FULL_RUNS = {"lengths": (20, 50, 100, 150, 200), "num_seeds": 50, "initializations": tuple(INITIALIZATIONS)}
 SUCCESS = 0.99
 """Accuracy on held-out sequences that counts as success."""
 
@@ -171,20 +170,18 @@ def panels(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, list
     return groups
 
 
+def train_all(config: Config, workdir: Workdir) -> None:
+    """Trains every network and saves the results below ``workdir``."""
+    for length in config.lengths:
+        for initialization in config.initializations:
+            for method in METHODS:
+                train(config, workdir, initialization, method, length)
+
+
 def run(config: Config, workdir: Workdir) -> int:
     """Trains everything and writes all results below ``workdir``; returns the exit status."""
-    status = 0
-    try:
-        for length in config.lengths:
-            for initialization in config.initializations:
-                for method in METHODS:
-                    train(config, workdir, initialization, method, length)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what follows is from the networks that are done\n")
-        status = 130
-    if any(workdir.path.glob("*.npz")):
-        write_report(config, workdir)
-    return status
+    arguments = (config, workdir)
+    return options.measure_and_report(lambda: train_all(*arguments), lambda: write_report(*arguments), workdir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -192,12 +189,12 @@ def main(argv: Sequence[str]) -> int:
     options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
-        lengths = tuple(options.positive_integer("lengths", text) for text in FLAGS.lengths)
+        own = {name: FLAGS[name].value for name in FULL_RUNS} | options.larger_settings(FULL_RUNS)
         config = Config(
-            options.config_from_flags(task="temporal_order", optimizer="sgd", **(FULL if FLAGS.full else {})),
-            FULL_LENGTHS if FLAGS.full else lengths,
-            FULL_SEEDS if FLAGS.full else FLAGS.num_seeds,
-            tuple(INITIALIZATIONS if FLAGS.full else FLAGS.initializations),
+            options.config_from_flags(task="temporal_order", optimizer="sgd", **options.larger_settings(FULL)),
+            tuple(options.positive_integer("lengths", length) for length in own["lengths"]),
+            own["num_seeds"],
+            tuple(own["initializations"]),
         )
         workdir = options.open_workdir(config, methods=METHODS, initialization_settings=INITIALIZATIONS)
     return run(config, workdir)
@@ -208,9 +205,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("lengths", [str(length) for length in Config.lengths], "sequence lengths in steps")
     flags.DEFINE_integer("num_seeds", Config.num_seeds, "networks trained of each kind")
     flags.DEFINE_list("initializations", list(Config.initializations), f"out of {', '.join(INITIALIZATIONS)}")
-    flags.DEFINE_boolean(
-        "full", False, f"lengths up to {FULL_LENGTHS[-1]}, {FULL_SEEDS} seeds, 5 million sequences, learning rate 0.01"
-    )
+    options.define_full_flag(FULL | FULL_RUNS)
     options.define_workdir_flag("results/temporal_order")
     flags.adopt_module_key_flags(options)
     app.run(main)

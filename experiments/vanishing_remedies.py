@@ -212,8 +212,6 @@ def write_report(config: Config, workdir: Workdir) -> None:
     """Prints and writes the tables and draws the figures from the saved arrays of the remedies that are done."""
     results = {task: finished(config, workdir, task) for task in TASKS}
     results = {task: runs for task, runs in results.items() if runs}
-    if not results:
-        return
     for task, runs in results.items():
         rows = [table_row(kind, remedy, arrays) for remedy, (kind, arrays) in runs.items()]
         sys.stdout.write(f"\n{TASKS[task]}\n{workdir.write_table(f'table_{task}', rows)}\n")
@@ -245,21 +243,19 @@ def file_name(task: str, index: int) -> str:
     return f"{task}_{index:02d}"
 
 
+def train_all(config: Config, workdir: Workdir) -> None:
+    """Trains with every remedy and saves what is measured below ``workdir``."""
+    for task in TASKS:
+        remedies = config.remedies(task)
+        for index, (name, (_, settings)) in enumerate(remedies.items()):
+            label = f"{TASKS[task]} {index + 1}/{len(remedies)}, {name}"
+            workdir.save_arrays(file_name(task, index), **train(label, settings, config.num_seeds))
+
+
 def run(config: Config, workdir: Workdir) -> int:
     """Trains everything and writes all results below ``workdir``; returns the exit status."""
-    try:
-        for task in TASKS:
-            remedies = config.remedies(task)
-            for index, (name, (_, settings)) in enumerate(remedies.items()):
-                label = f"{TASKS[task]} {index + 1}/{len(remedies)}, {name}"
-                arrays = train(label, settings, config.num_seeds)
-                workdir.save_arrays(file_name(task, index), **arrays)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the report is of what is done\n")
-        write_report(config, workdir)
-        return 130
-    write_report(config, workdir)
-    return 0
+    arguments = (config, workdir)
+    return options.measure_and_report(lambda: train_all(*arguments), lambda: write_report(*arguments), workdir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -267,17 +263,15 @@ def main(argv: Sequence[str]) -> int:
     options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
-        given = {name: FLAGS[name].value for name in CONFIG_FLAGS if FLAGS[name].present or not FLAGS.full}
-        config = Config(kinds=tuple(FLAGS.kinds), **(FULL if FLAGS.full else {}) | given)
+        sizes = {name: FLAGS[name].value for name in CONFIG_FLAGS} | options.larger_settings(FULL)
+        config = Config(kinds=tuple(FLAGS.kinds), **sizes)
         workdir = options.open_workdir(config)
     return run(config, workdir)
 
 
 if __name__ == "__main__":
-    for name, text in CONFIG_FLAGS.items():
-        flags.DEFINE_integer(name, getattr(Config, name), text)
+    options.define_integer_flags(Config, CONFIG_FLAGS, FULL)
     flags.DEFINE_list("kinds", list(KINDS), "which kinds of remedies to try")
-    flags.DEFINE_boolean("full", False, "the sizes of the papers: " + ", ".join(f"{k} {v}" for k, v in FULL.items()))
     options.define_workdir_flag("results/vanishing_remedies")
     flags.adopt_module_key_flags(options)
     app.run(main)

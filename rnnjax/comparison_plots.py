@@ -245,20 +245,4 @@ def _checked_groups(where: str, groups: Mapping[str, Runs], axes: Mapping[str, s
 def _checked_group(where: str, runs: Runs, axes: Mapping[str, str]) -> dict[str, Arrays]:
     if not runs:
         raise ValueError(f"{where} must hold at least one remedy, got none")
-    return {name: _checked(f"{where}[{name!r}]", run, axes) for name, run in runs.items()}
-
-
-def _checked(where: str, run: Mapping[str, Any], axes: Mapping[str, str]) -> Arrays:
-    """Returns the arrays that ``axes`` names; a digit among the letters of an array's axes is their size."""
-    missing = [name for name in axes if name not in run]
-    if missing:
-        raise ValueError(f"{where} must hold {', '.join(axes)}; missing: {', '.join(missing)}")
-    sizes: dict[str, int] = {"2": 2}
-    checked = {}
-    for name, letters in axes.items():
-        checked[name] = np.asarray(run[name], float)
-        validation.shape(f"{where}[{name!r}]", checked[name], tuple(sizes.get(letter) for letter in letters))
-        sizes.update(zip(letters, checked[name].shape, strict=True))
-        if checked[name].size == 0:
-            raise ValueError(f"{where}[{name!r}] must not be empty, got shape {checked[name].shape}")
-    return checked
+    return {name: validation.named_arrays(f"{where}[{name!r}]", run, axes) for name, run in runs.items()}

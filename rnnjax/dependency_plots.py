@@ -5,7 +5,7 @@ shapes: D distances or lengths, n networks that differ in their seeds alone, T l
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -162,19 +162,4 @@ def _signed_axis(panels: np.ndarray) -> None:
 def _checked(where: str, runs: Runs, axes: Mapping[str, str]) -> dict[str, Arrays]:
     if not runs:
         raise ValueError(f"{where} must hold at least one run, got none")
-    return {label: _checked_run(f"{where}[{label!r}]", run, axes) for label, run in runs.items()}
-
-
-def _checked_run(where: str, run: Mapping[str, Any], axes: Mapping[str, str]) -> Arrays:
-    missing = [name for name in axes if name not in run]
-    if missing:
-        raise ValueError(f"{where} must hold {', '.join(axes)}; missing: {', '.join(missing)}")
-    sizes: dict[str, int] = {}
-    checked = {}
-    for name, letters in axes.items():
-        checked[name] = np.asarray(run[name], float)
-        validation.shape(f"{where}[{name!r}]", checked[name], tuple(sizes.get(letter) for letter in letters))
-        sizes.update(zip(letters, checked[name].shape, strict=True))
-        if checked[name].size == 0:
-            raise ValueError(f"{where}[{name!r}] must not be empty, got shape {checked[name].shape}")
-    return checked
+    return {label: validation.named_arrays(f"{where}[{label!r}]", run, axes) for label, run in runs.items()}

@@ -51,7 +51,7 @@ def error_surface(descents: Runs, surface: Mapping[str, Any], cut: Mapping[str, 
     Source: R. Pascanu et al., On the difficulty of training recurrent neural networks, ICML 2013, figure 6.
     """
     paths = _checked_descents(descents)
-    plane, section = _checked("surface", surface, _SURFACE), _checked("cut", cut, _CUT)
+    plane, section = validation.named_arrays("surface", surface, _SURFACE), validation.named_arrays("cut", cut, _CUT)
     figure, grid = drawing.new_figure(2, 2, height=2.4, sharex="col", width_ratios=[1.5, 1])
     place = grid[0, 0].get_gridspec()[:, 0]
     for axes in grid[:, 0]:
@@ -170,20 +170,4 @@ def descent_over_updates(descents: Runs) -> "Figure":
 def _checked_descents(descents: Runs) -> dict[str, Arrays]:
     if not descents:
         raise ValueError("descents must hold at least one descent, got none")
-    return {label: _checked(f"descents[{label!r}]", path, _DESCENT) for label, path in descents.items()}
-
-
-def _checked(where: str, arrays: Mapping[str, Any], axes: Mapping[str, str]) -> Arrays:
-    """Returns the arrays that ``axes`` names; a digit among the letters of an array's axes is their size."""
-    missing = [name for name in axes if name not in arrays]
-    if missing:
-        raise ValueError(f"{where} must hold {', '.join(axes)}; missing: {', '.join(missing)}")
-    sizes: dict[str, int] = {"2": 2}
-    checked = {}
-    for name, letters in axes.items():
-        checked[name] = np.asarray(arrays[name], float)
-        validation.shape(f"{where}[{name!r}]", checked[name], tuple(sizes.get(letter) for letter in letters))
-        sizes.update(zip(letters, checked[name].shape, strict=True))
-        if checked[name].size == 0:
-            raise ValueError(f"{where}[{name!r}] must not be empty, got shape {checked[name].shape}")
-    return checked
+    return {label: validation.named_arrays(f"descents[{label!r}]", path, _DESCENT) for label, path in descents.items()}

@@ -7,7 +7,7 @@ there they pass in silence; checks of shape, dtype and names hold everywhere.
 import difflib
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -228,3 +228,22 @@ def finite_steps(name: str, tree: Any) -> None:
     ]
     if steps:
         raise NonFiniteError(f"{name} must be finite, got a NaN or an overflow at time step {min(steps)}")
+
+
+def named_arrays(where: str, given: Mapping[str, Any], axes: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Returns the arrays that ``axes`` names as floats, none of them empty; ``where`` is what errors call ``given``.
+
+    The axes of an array are letters: the same letter is the same size throughout, and the digit 2 is that size.
+    """
+    missing = [name for name in axes if name not in given]
+    if missing:
+        raise ValueError(f"{where} must hold {', '.join(axes)}; missing: {', '.join(missing)}")
+    sizes: dict[str, int] = {"2": 2}
+    checked = {}
+    for name, letters in axes.items():
+        checked[name] = np.asarray(given[name], float)
+        shape(f"{where}[{name!r}]", checked[name], tuple(sizes.get(letter) for letter in letters))
+        sizes.update(zip(letters, checked[name].shape, strict=True))
+        if checked[name].size == 0:
+            raise ValueError(f"{where}[{name!r}] must not be empty, got shape {checked[name].shape}")
+    return checked

@@ -1,14 +1,10 @@
-"""The experiment on the error surface of one unit in miniature, its figures, and its command line."""
+"""The experiment on the error surface of one unit in miniature, and its figures."""
 
 import csv
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +17,11 @@ from matplotlib.image import imread
 from experiments import error_surface
 from rnnjax import remedy_plots
 from rnnjax.workdir import Workdir
+from tests.command_line import start
 from tests.figure_checks import outside, overlaps
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 CONFIG = error_surface.Config(num_updates=110, num_points=9, num_starts=3)
 STEP = CONFIG.learning_rate * CONFIG.max_norm
 POINTS = [(5.0, -2.5), (4.625, -2.38), (4.0, -1.95), (5.4, -2.9), (3.0, 1.0), (-6.0, 2.0)]
@@ -271,50 +267,9 @@ def test_bad_arrays_are_named(results):
         remedy_plots.descent_over_updates({"a": descents["clipped"] | {"points": np.ones((0, 2))}})
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.error_surface", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "100"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def command(*arguments):
-    process = start(*arguments)
-    output, errors = process.communicate(timeout=120)
-    return process.returncode, output, errors
-
-
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--learning_rate=0", "error: learning_rate must be a positive finite number, got 0.0"),
-        ("--max_norm=nan", "error: max_norm must be a positive finite number, got nan"),
-        ("--weight=200", "error: weight must be a number in [-100, 100], got 200.0"),
-        ("--num_updates=0", "error: num_updates must be a whole number in [1, 10000], got 0"),
-        ("fast", "error: settings are given as --name=value, got 'fast'"),
-    ],
-)
-def test_bad_settings_end_in_one_line(tmp_path, argument, words):
-    status, _, errors = command(argument, f"--workdir={tmp_path / 'new'}")
-    assert (status, errors.strip()) == (2, words)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_used_workdir_is_refused(tmp_path):
-    (tmp_path / "earlier.txt").write_text("results")
-    status, _, errors = command(f"--workdir={tmp_path}")
-    assert status == 2
-    assert errors.startswith("error: workdir must be empty or not exist yet")
-    assert [path.name for path in tmp_path.iterdir()] == ["earlier.txt"]
-
-
 def test_interrupted_it_says_what_is_done(tmp_path):
     workdir = tmp_path / "results"
-    process = start("--full", "--num_updates=10000", f"--workdir={workdir}")
+    process = start("error_surface", "--full", "--num_updates=10000", f"--workdir={workdir}")
     deadline = time.monotonic() + 90
     while not (workdir / "unclipped.npz").exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -1,13 +1,9 @@
-"""The experiment on Lyapunov spectra in miniature, and its command line as a user meets it."""
+"""The experiment on Lyapunov spectra in miniature."""
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import mpmath
@@ -18,10 +14,10 @@ from matplotlib.image import imread
 import rnnjax
 from experiments import lyapunov_spectra
 from rnnjax.workdir import Workdir
+from tests.command_line import start
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 CONFIG = lyapunov_spectra.Config(
     num_units=24,
     num_networks=2,
@@ -175,49 +171,9 @@ def test_tables_rest_on_the_arrays(results):
     assert float(first["log σ₁ / T"]) == pytest.approx(shears["log_singular_values"][0, 0])
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.lyapunov_spectra", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "100"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def command(*arguments):
-    process = start(*arguments)
-    output, errors = process.communicate(timeout=120)
-    return process.returncode, output, errors
-
-
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--num_units=1", "error: num_units must be an integer of at least 2, got 1"),
-        ("--num_networks=1", "error: num_networks must be an integer of at least 2, got 1"),
-        ("--seed=-1", "error: seed must be a non-negative integer, got -1"),
-        ("fast", "error: settings are given as --name=value, got 'fast'"),
-    ],
-)
-def test_bad_settings_end_in_one_line(tmp_path, argument, words):
-    status, _, errors = command(argument, f"--workdir={tmp_path / 'new'}")
-    assert (status, errors.strip()) == (2, words)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_used_workdir_is_refused(tmp_path):
-    (tmp_path / "earlier.txt").write_text("results")
-    status, _, errors = command(f"--workdir={tmp_path}")
-    assert status == 2
-    assert errors.startswith("error: workdir must be empty or not exist yet")
-    assert [path.name for path in tmp_path.iterdir()] == ["earlier.txt"]
-
-
 def test_interrupted_it_keeps_the_parts_that_are_done(tmp_path):
     workdir = tmp_path / "results"
-    process = start("--num_steps=400", f"--workdir={workdir}")
+    process = start("lyapunov_spectra", "--num_steps=400", f"--workdir={workdir}")
     deadline = time.monotonic() + 90
     while not (workdir / "gaussians.npz").exists():
         assert process.poll() is None and time.monotonic() < deadline

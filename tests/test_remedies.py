@@ -2,10 +2,6 @@
 
 import csv
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +19,6 @@ from tests.figure_checks import outside, overlaps
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 VANISHING = vanishing_remedies.Config(
     num_seeds=2,
     steps=3,
@@ -294,29 +289,6 @@ def test_interrupt_keeps_the_report_of_what_is_done(
     assert (workdir.path / f"{name}.npz").exists()
     assert len(list(workdir.path.glob("table_*.csv"))) >= 1
     assert "interrupted" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["vanishing_remedies", "--steps=0"], "steps must be"),
-        (["vanishing_remedies", "--kinds=none,magic"], "kinds must be one of"),
-        (["vanishing_remedies", "--recall_distance=2"], "length does not suit"),
-        (["exploding_remedies", "--remedies=hope"], "remedies must be one of"),
-        (["exploding_remedies", "word"], "--name=value"),
-        (["exploding_remedies", "--workdir={used}"], "must be empty"),
-    ],
-)
-def test_bad_settings_are_one_line_and_exit_status_2(arguments, said, tmp_path):
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "file").touch()
-    module, *rest = (word.format(used=tmp_path / "used") for word in arguments)
-    workdir = [] if any("workdir" in word for word in rest) else [f"--workdir={tmp_path / 'results'}"]
-    command = [sys.executable, "-m", f"experiments.{module}", *rest, *workdir]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "results").exists()
 
 
 NORMS = {"log_spectral_norm": [[-30, 0], [-20, -np.inf], [-25, 2]], "baseline_accuracy": 0.1}

@@ -1,0 +1,27 @@
+"""Experiments as their users start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(experiment, *arguments):
+    """Starts ``python -m experiments.EXPERIMENT`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{experiment}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(experiment, *arguments):
+    """Returns the exit status, what it printed, and its errors."""
+    process = start(experiment, *arguments)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
