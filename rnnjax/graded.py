@@ -96,7 +96,8 @@ def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condit
     """
     live = log_scales > -jnp.inf
     norms = jnp.where(live, jnp.sqrt(jnp.sum(columns**2, axis=0)), 0)
-    row_scales = jnp.where(live[:, None], jnp.abs(unscaled_rows(columns.T, norms)), 0).max(axis=0)
+    relative = jnp.abs(columns) / jnp.where(norms > 0, norms, 1)[None, :]
+    row_scales = jnp.where(live[None, :], relative, 0).max(axis=1)
     pivots, norms = jnp.diagonal(factored.triangle), norms[factored.order]
     counts = live[factored.order] & (pivots != 0)
     signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (len(live), _PROBES)), columns.dtype)
@@ -171,19 +172,21 @@ def _rank_revealing(
 
     def unfinished(state: tuple[Array, Triangular]) -> Array:
         runs, current = state
-        return (runs == 0) | ((runs <= len(log_scales)) & hiding(current).any())
+        return (runs < len(log_scales)) & hiding(current).any()
 
     def factor_again(state: tuple[Array, Triangular]) -> tuple[Array, Triangular]:
         runs, current = state
         dependent = jax.lax.argmax(hiding(current), 0, jnp.int32)
-        moved = current.order[jnp.argsort(positions == dependent)]
-        order = jnp.where(runs == 0, by_size, moved)
+        order = current.order[jnp.argsort(positions == dependent)]
         return runs + 1, Triangular(order, *factor(columns[:, order]))
 
-    rows = jnp.zeros(len(columns), jnp.int32)
-    nothing = Triangular(by_size, rows, jnp.zeros_like(columns), jnp.zeros_like(columns[: len(by_size)]))
-    # The first run goes through the same loop, so that the factorisation is compiled once.
-    return jax.lax.while_loop(unfinished, factor_again, (jnp.zeros((), jnp.int32), nothing))[1]
+    first = Triangular(by_size, *factor(columns[:, by_size]))
+    # Zeros are rare, and a loop that is not entered would still copy its matrices.
+    return jax.lax.cond(
+        (jnp.diagonal(first.triangle) == 0).any(),
+        lambda: jax.lax.while_loop(unfinished, factor_again, (jnp.zeros((), jnp.int32), first))[1],
+        lambda: first,
+    )
 
 
 def diagonal_factors(scales: Array) -> Factors:

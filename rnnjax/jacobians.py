@@ -128,7 +128,7 @@ def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Traje
     program = PointwiseProgram(cell, leaves[0].shape, leaves[0].dtype, exact=True)
     _, local = program.value_and_derivatives(leaves, from_inputs, recurrent)
     by_carry, by_gate = _controlled(trajectory, local.by_old_carry(), local.by_recurrent())
-    return StructuredJacobians(by_carry, by_gate, params.recurrent_kernel)
+    return StructuredJacobians.from_factors(by_carry, by_gate, params.recurrent_kernel)
 
 
 def _controlled(trajectory: Trajectory, by_carry: Array, by_gate: Array) -> tuple[Array, Array]:

@@ -5,7 +5,6 @@ linearised where a product asks for it. Leading axes are those of the sequence, 
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -19,6 +18,8 @@ from rnnjax import lapack, validation
 from rnnjax.cells import Cell
 from rnnjax.typing import Array, Carry, DType, Params
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 @flax.struct.dataclass
 class StructuredJacobians:
@@ -30,11 +31,23 @@ class StructuredJacobians:
       carry_derivatives: P, ``[..., C, C, H]``: entry (a, b, j) is ∂(carry a of unit j)' / ∂(carry b of unit j).
       recurrent_derivatives: D, ``[..., C, G, H]``: entry (a, g, j) is ∂(carry a of unit j)' / ∂(gate g's r of unit j).
       recurrent_kernel: U, ``[H, G, H]``.
+      transposed_kernel: Uᵀ, ``[G, H, H]``, entry (g, j, i) that of U (i, g, j): J V multiplies by rows of Uᵀ, Jᵀ V by
+        rows of U, and a matrix whose rows lie together multiplies faster.
     """
 
     carry_derivatives: Array
     recurrent_derivatives: Array
     recurrent_kernel: Array
+    transposed_kernel: Array
+
+    @classmethod
+    def from_factors(
+        cls, carry_derivatives: Array, recurrent_derivatives: Array, recurrent_kernel: Array
+    ) -> "StructuredJacobians":
+        """Returns the Jacobians with factors P, D and U."""
+        return cls(
+            carry_derivatives, recurrent_derivatives, recurrent_kernel, jnp.transpose(recurrent_kernel, (1, 2, 0))
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,9 +62,8 @@ class StructuredJacobians:
 
     def at_step(self, step: Array | int) -> "StructuredJacobians":
         """Returns the Jacobian of one step, without the time axis."""
-        return StructuredJacobians(
-            self.carry_derivatives[step], self.recurrent_derivatives[step], self.recurrent_kernel
-        )
+        by_carry, by_gate = self.carry_derivatives[step], self.recurrent_derivatives[step]
+        return dataclasses.replace(self, carry_derivatives=by_carry, recurrent_derivatives=by_gate)
 
     def sequence(self, index: Array | int) -> "StructuredJacobians":
         """Returns the Jacobians ``[T, S, S]`` of one sequence of a batch, counted along all batch axes."""
@@ -59,7 +71,7 @@ class StructuredJacobians:
             leaf.reshape(leaf.shape[0], -1, *leaf.shape[-3:])[:, index]
             for leaf in (self.carry_derivatives, self.recurrent_derivatives)
         )
-        return StructuredJacobians(by_carry, by_gate, self.recurrent_kernel)
+        return dataclasses.replace(self, carry_derivatives=by_carry, recurrent_derivatives=by_gate)
 
     def finite(self) -> Array:
         """Returns whether each Jacobian is finite, bool ``[...]``."""
@@ -88,7 +100,7 @@ class StructuredJacobians:
             result = lapack.matmul(self._blocks(), from_hidden)
             result = result.reshape(parts.shape) + _mixed(self.carry_derivatives[..., 1:, :], parts[..., 1:, :, :])
         else:
-            through_gates = _along_units(self.recurrent_kernel, from_hidden, (0,))
+            through_gates = self._through_gates(from_hidden)
             result = _mixed(self.carry_derivatives, parts) + _mixed(self.recurrent_derivatives, through_gates)
         return result.reshape(columns.shape)
 
@@ -101,7 +113,7 @@ class StructuredJacobians:
             return jnp.concatenate([to_hidden[..., None, :, :], others], axis=-3).reshape(columns.shape)
         result = _mixed(jnp.swapaxes(self.carry_derivatives, -3, -2), parts)
         at_gates = _mixed(jnp.swapaxes(self.recurrent_derivatives, -3, -2), parts)
-        to_hidden = _along_units(self.recurrent_kernel, at_gates, (1, 2))
+        to_hidden = self._to_hidden(at_gates)
         return result.at[..., 0, :, :].add(to_hidden).reshape(columns.shape)
 
     def log_abs_det(self) -> Array:
@@ -131,12 +143,29 @@ class StructuredJacobians:
 
     def _from_hidden(self) -> Array:
         """∂s'/∂h, ``[..., C, H, H]``: entry (a, j, i) is ∂(carry a of unit j)' / ∂h_i."""
-        gates, kernel = self.recurrent_derivatives, jnp.moveaxis(self.recurrent_kernel, 0, -1)
+        gates, kernel = self.recurrent_derivatives, self.transposed_kernel
         rows = kernel.reshape((1,) * (gates.ndim - 2) + kernel.shape)
         through = sum(gates[..., g, :, None] * rows[..., g, :, :] for g in range(gates.shape[-2]))
         hidden = kernel.shape[-1]
         same_unit = jax.lax.expand_dims(jnp.eye(hidden, dtype=self.dtype), range(gates.ndim - 2))
         return through + self.carry_derivatives[..., 0, :, None] * same_unit
+
+    def _through_gates(self, from_hidden: Array) -> Array:
+        """Uᵀ V for V ``[..., H, m]``, ``[..., G, H, m]``."""
+        if from_hidden.shape[-1] == 1:  # one column for many steps: a matrix product with the steps as rows
+            return _dot(from_hidden[..., 0], self.recurrent_kernel, 1)[..., None]
+        result = jax.lax.dot_general(
+            self.transposed_kernel, from_hidden, (((2,), (from_hidden.ndim - 2,)), ((), ())), precision=_HIGHEST
+        )
+        return jnp.moveaxis(result, (0, 1), (-3, -2))
+
+    def _to_hidden(self, at_gates: Array) -> Array:
+        """U V for V ``[..., G, H, m]``, ``[..., H, m]``."""
+        if at_gates.shape[-1] == 1:
+            return _dot(at_gates[..., 0], self.transposed_kernel, 2)[..., None]
+        axes = (at_gates.ndim - 3, at_gates.ndim - 2)
+        result = jax.lax.dot_general(self.recurrent_kernel, at_gates, (((1, 2), axes), ((), ())), precision=_HIGHEST)
+        return jnp.moveaxis(result, 0, -2)
 
     def _by_carry(self, columns: Array) -> Array:
         num_carries, hidden = self.carry_derivatives.shape[-2:]
@@ -341,12 +370,7 @@ def _mixed(derivatives: Array, parts: Array) -> Array:
     return sum(terms, jnp.zeros((), parts.dtype))
 
 
-def _along_units(kernel: Array, values: Array, kernel_axes: tuple[int, ...]) -> Array:
-    """Contracts axes of ``kernel`` with those of ``values`` before the last, ``[..., i, m]`` or ``[..., g, j, m]``."""
-    axes = tuple(range(values.ndim - 1 - len(kernel_axes), values.ndim - 1))
-    dot = functools.partial(jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST)
-    if values.shape[-1] == 1:  # one column for many steps: a matrix product with the steps as rows
-        return dot(values[..., 0], kernel, ((axes, kernel_axes), ((), ())))[..., None]
-    result = dot(kernel, values, ((kernel_axes, axes), ((), ())))
-    kept = kernel.ndim - len(kernel_axes)
-    return jnp.moveaxis(result, tuple(range(kept)), tuple(range(-1 - kept, -1)))
+def _dot(left: Array, right: Array, num_axes: int) -> Array:
+    """Contracts the last axes of ``left`` with the first of ``right``."""
+    axes = (tuple(range(left.ndim - num_axes, left.ndim)), tuple(range(num_axes)))
+    return jax.lax.dot_general(left, right, (axes, ((), ())), precision=_HIGHEST)

@@ -3,8 +3,8 @@
 A product P = A_T … A_1 is kept in graded factors, P = L · diag(e^ℓ) · V (see ``graded``). Multiplying by the next A
 only changes L to A L. Its columns turn towards the leading direction, and rounding is amplified by their condition
 number κ; they are factored again before ε·κ exceeds what the result's own dtype asks for. How many steps that takes is
-predicted from the condition found last time, and checked: steps that turn out to have been too many are taken back and
-halved.
+predicted from the condition found last time, and checked: steps that turn out to have been too many are taken back, and
+fewer tried.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ from rnnjax.typing import Array, DType
 _ERROR_OF_A_BLOCK = {"float32": 2e-6, "float64": 1e-12}
 """Nats of error that the steps between two factorisations may add, by the dtype of the result."""
 _MOST_STEPS = 64
+_MARGIN = 0.9
+"""Share of the logarithm of the limit that a block is made for: steps taken back cost more than a longer block saves."""
 _SAFETY = {"float32": 25.0, "float64": 12.0}
 """What the root of the summed squares is multiplied by, by the dtype factorised in: it leaves out that later steps may
 amplify errors of earlier ones, and is chosen so that 99 % of the errors of random chains lie below the estimate."""
@@ -153,14 +155,16 @@ class Chain:
         return jax.lax.while_loop(lambda s: s.done < end, lambda s: self._block(s, end), steps)
 
     def _block(self, steps: Steps, end: Array | int) -> Steps:
-        """Multiplies by a block of steps, or takes them back and halves the block."""
+        """Multiplies by a block of steps, or takes them back and makes the block shorter."""
         count = jnp.minimum(steps.block, end - steps.done).astype(jnp.int32)
         scales = self.scales(steps.done + count)
         columns = scales[:, None] * self.columns(steps, count)
         factored = graded.eliminated(columns, steps.factors.log_scales)
         condition = graded.condition(factored, columns, steps.factors.log_scales)
         accepted = (count == 1) | ((condition.whole <= self.limit) & ~condition.vanished)
-        taken_back = dataclasses.replace(steps, block=count // 2, num_factorizations=steps.num_factorizations + 1)
+        shorter = jnp.where(condition.vanished, count // 2, self._fitting(count, condition.whole))
+        shorter = jnp.clip(shorter, 1, count - 1).astype(jnp.int32)
+        taken_back = dataclasses.replace(steps, block=shorter, num_factorizations=steps.num_factorizations + 1)
 
         def accept() -> Steps:
             error = (self._epsilon() * condition.pivots) ** 2 * (count + 1).astype(scales.dtype)
@@ -176,11 +180,15 @@ class Chain:
         return jax.lax.cond(accepted, accept, lambda: taken_back)
 
     def _next_block(self, planned: Array, count: Array, condition: Array) -> Array:
-        """Returns a block one step longer while the condition number, growing as it did, stays within the limit."""
+        """Returns a block as long as fits, at most twice as long as this one."""
+        longer = jnp.minimum(jnp.minimum(self._fitting(count, condition), 2 * planned), _MOST_STEPS)
+        return jnp.where(count == planned, jnp.maximum(planned, longer), planned)
+
+    def _fitting(self, count: Array, condition: Array) -> Array:
+        """Returns how many steps stay within the limit, with a margin, if the condition number grows as it did."""
         per_step = jnp.log(condition) / count.astype(condition.dtype)
-        fits = per_step * (count + 1).astype(condition.dtype) <= np.log(self.limit)
-        longer = jnp.minimum(planned + 1, _MOST_STEPS)
-        return jnp.where(fits & (count == planned), longer, planned).astype(jnp.int32)
+        steps = jnp.floor(_MARGIN * np.log(self.limit) / jnp.maximum(per_step, 1e-3))
+        return jnp.clip(jnp.nan_to_num(steps, nan=1.0), 0, 2 * _MOST_STEPS).astype(jnp.int32)
 
     def _epsilon(self) -> float:
         return float(jnp.finfo(self.jacobians.dtype).eps)
