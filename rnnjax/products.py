@@ -28,7 +28,7 @@ _ERROR_OF_A_BLOCK = {"float32": 2e-6, "float64": 1e-12}
 """Nats of error that the steps between two factorisations may add, by the dtype of the result."""
 _MOST_STEPS = 64
 _MARGIN = 0.9
-"""Share of the logarithm of the limit that a block is made for: steps taken back cost more than a longer block saves."""
+"""Share of the log of the limit that a block is made for: steps taken back cost more than a longer block saves."""
 _SAFETY = {"float32": 25.0, "float64": 12.0}
 """What the root of the summed squares is multiplied by, by the dtype factorised in: it leaves out that later steps may
 amplify errors of earlier ones, and is chosen so that 99 % of the errors of random chains lie below the estimate."""
