@@ -22,7 +22,9 @@ from rnnjax.unroll import Trajectory
 
 _EXTRA_DIRECTIONS = 8
 _ERROR_OF_A_BLOCK = {"float32": 2e-5, "float64": 1e-9}
-"""Nats of error that the steps between two factorisations may add."""
+"""Nats of error that the steps between two factorisations may add on the way forward, which gives the values."""
+_SHARE_OF_TOLERANCE = 1 / 30
+"""The same on the way back, which gives directions and residuals, as a share of the largest residual allowed."""
 _VISIBLE = 1e-5
 """Share of a unit vector above which rounding would be taken for a residual."""
 
@@ -105,18 +107,20 @@ def leading_log_singular_values(
     jacobians = jacobian_operator(cell, params, trajectory)
     fixed = jax.lax.stop_gradient(jacobians)
     start = jax.random.key(0) if key is None else key
-    leading = _leading(fixed, start, count, tolerance, max_passes)
+    leading = _leading(fixed, start, count, float(tolerance), max_passes)
     values = _differentiable(jacobians, leading.right_vectors, leading.log_singular_values)
     return dataclasses.replace(leading, log_singular_values=values)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "max_passes"))
+@functools.partial(jax.jit, static_argnames=("count", "tolerance", "max_passes"))
 def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_passes: int) -> LeadingSingularValues:
     width = min(count + _EXTRA_DIRECTIONS, jacobians.shape[-1])
-    limit = _ERROR_OF_A_BLOCK[jacobians.dtype.name] / float(jnp.finfo(jacobians.dtype).eps)
+    error, epsilon = _ERROR_OF_A_BLOCK[jacobians.dtype.name], float(jnp.finfo(jacobians.dtype).eps)
+    limit, limit_back = error / epsilon, max(error, _SHARE_OF_TOLERANCE * tolerance) / epsilon
 
     def single(sequence: Jacobians) -> LeadingSingularValues:
-        forward, backward = (Chain(sequence, transposed, limit, scaled=False) for transposed in (False, True))
+        forward = Chain(sequence, False, limit, scaled=False)
+        backward = Chain(sequence, True, limit_back, scaled=False)
         first_bad = first_non_finite_step(sequence)
         first = backward.multiplied(random_frame(key, sequence, width))
 
