@@ -13,11 +13,11 @@ from rnnjax.jacobians import autodiff_step_jacobians, step_jacobians, structured
 from rnnjax.leading import LeadingSingularValues, leading_log_singular_values
 from rnnjax.lyapunov import LyapunovResult, kaplan_yorke_dimension, lyapunov_spectrum
 from rnnjax.norms import spectral_norm_profile
-from rnnjax.operators import StructuredJacobians
 from rnnjax.penalties import GradientFlossing, VanishingGradientPenalty
 from rnnjax.products import FactoredProduct, factor_product
 from rnnjax.profiles import SpectralGrid, SpectralProfile, spectral_grid, spectral_profile
 from rnnjax.singular_values import SingularSpectrum, log_singular_values, log_spectral_norm, singular_spectrum
+from rnnjax.structured import StructuredJacobians
 from rnnjax.unroll import Trajectory, trajectory, unroll
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell, GRUCell, LeakyCell, LSTMCell, SkipCell, VanillaCell
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.norms import spectral_norm_profile
-from rnnjax.operators import StructuredJacobians
+from rnnjax.structured import StructuredJacobians
 from rnnjax.typing import Array, ArrayLike, Carry, Params
 from rnnjax.unroll import trajectory
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell, CellParams
 from rnnjax.local_derivatives import PointwiseProgram
-from rnnjax.operators import Jacobians, LinearizedJacobians, StructuredJacobians, check_finite
+from rnnjax.operators import Jacobians, LinearizedJacobians, check_finite
+from rnnjax.structured import StructuredJacobians
 from rnnjax.typing import Array, Carry, Params
 from rnnjax.unroll import Trajectory
 

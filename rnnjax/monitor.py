@@ -16,7 +16,7 @@ from rnnjax.diagnosis import Regime, classify_regime, saturated_and_dead
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.lyapunov import finite_time_exponents
 from rnnjax.norms import spectral_norm_profile
-from rnnjax.operators import StructuredJacobians
+from rnnjax.structured import StructuredJacobians
 from rnnjax.typing import Array
 from rnnjax.unroll import trajectory
 

@@ -1,3 +1,5 @@
+"""What a command that cannot run says: one line, before anything is written."""
+
 import pytest
 
 from tests.command_line import command

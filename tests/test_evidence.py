@@ -8,7 +8,8 @@ import pytest
 import rnnjax
 from rnnjax import products, testing
 from rnnjax.jacobians import jacobian_operator
-from rnnjax.operators import DenseJacobians, StructuredJacobians
+from rnnjax.operators import DenseJacobians
+from rnnjax.structured import StructuredJacobians
 
 pytestmark = pytest.mark.slow
 

@@ -32,6 +32,7 @@ LAYOUT = [
     "rnnjax.unroll",
     "rnnjax.bidirectional",
     "rnnjax.lapack",
+    "rnnjax.structured",
     "rnnjax.operators",
     "rnnjax.jacobians",
     "rnnjax.graded",
