@@ -187,8 +187,8 @@ def _perturbed(carry: list[Array], perturbations: list[Any]) -> list[Array]:
 
 
 def _chunk_size(params: CellParams, inputs: Array) -> int:
-    """Returns how many steps a chunk has."""
-    if jax.default_backend() != "cpu":
+    """Returns how many steps a chunk has: all where there is one gate, with little to keep in the cache."""
+    if jax.default_backend() != "cpu" or params.bias.shape[0] == 1:
         return inputs.shape[0]
     num_steps = inputs.shape[0]
     step = params.bias.size * inputs[0, ..., 0].size * params.bias.dtype.itemsize
