@@ -16,7 +16,7 @@ from rnnjax.jacobians import jacobian_operator
 from rnnjax.norms import spectral_norm_profile
 from rnnjax.structured import StructuredJacobians
 from rnnjax.typing import Array, ArrayLike, Carry, Params
-from rnnjax.unroll import trajectory
+from rnnjax.unroll import Trajectory, trajectory
 
 CRITICAL_RANGE = math.log(100)
 """Nats by which ‖∂s_T/∂s_0‖₂ may differ from 1 over a whole sequence for a network to count as critical."""
@@ -153,15 +153,16 @@ def diagnose(cell: Cell, params: Params, inputs: Any, carry: Carry | None = None
     Args:
       cell: any cell; remedies are named for those of this package.
       params: its weights, as they are at the start of training, or wherever it stands.
-      inputs: ``[T, ..., D]``: a few sequences are enough, more make the regime surer.
-      carry: the carry before the first step; ``cell.initialize_carry`` by default.
+      inputs: ``[T, ..., D]``: a few sequences are enough, more make the regime surer; or a ``Trajectory``.
+      carry: the carry before the first step; ``cell.initialize_carry`` by default; that of the trajectory where there
+        is one.
 
     Returns:
       The ``Diagnosis``.
 
     Raises:
-      ValueError: shapes that do not fit the cell, non-finite inputs or weights. States and Jacobians that overflow are
-        no error: they are the finding.
+      ValueError: shapes that do not fit the cell, non-finite inputs or weights; a carry beside a trajectory. States and
+        Jacobians that overflow are no error: they are the finding.
 
     Example:
       >>> import jax, rnnjax
@@ -176,12 +177,17 @@ def diagnose(cell: Cell, params: Params, inputs: Any, carry: Carry | None = None
 
 def measure(cell: Cell, params: Params, inputs: Any, carry: Carry | None = None) -> Symptoms:
     """Returns the symptoms that ``diagnose`` rests on; arguments as there."""
-    cell.check(params, inputs, carry)
-    for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
+    path = inputs if isinstance(inputs, Trajectory) else None
+    if path is None:
+        cell.check(params, inputs, carry)
+    elif carry is not None:
+        raise ValueError("carry must be left out with a trajectory, which begins with it")
+    driven_by = inputs if path is None else path.inputs
+    for name, value in (("params", params), ("inputs", driven_by), ("carry", carry)):
         validation.finite(name, value)
-    num_steps, gain = jax.tree.leaves(inputs)[0].shape[0], _gain(cell, params)
+    num_steps, gain = jax.tree.leaves(driven_by)[0].shape[0], _gain(cell, params)
     try:
-        path = trajectory(cell, params, inputs, carry)
+        path = trajectory(cell, params, inputs, carry) if path is None else path
         jacobians = jacobian_operator(cell, params, path)
     except validation.NonFiniteError as error:
         regime = Regime("non-finite", math.nan, math.nan, math.nan, 1.0)

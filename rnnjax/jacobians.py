@@ -36,7 +36,7 @@ def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jac
       ``at_step``, in the dtype of the states (float32 for narrower ones). No matrix is formed.
 
     Raises:
-      ValueError: a Jacobian that is not finite, with its step.
+      ValueError: a state or a Jacobian that is not finite, with its step.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -46,6 +46,8 @@ def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jac
       >>> jacobians.shape, jacobians.at_step(6).times(jnp.ones((4, 1))).shape
       ((7, 4, 4), (4, 1))
     """
+    # Not every derivative at NaN is NaN: a ReLU's may be 0.
+    validation.finite_steps("state", jax.tree.map(lambda leaf: leaf[1:], trajectory.carries))
     params, trajectory = _at_least_float32((params, trajectory))
     if isinstance(cell, AffineCell):
         jacobians: Jacobians = structured_jacobians(cell, params, trajectory)

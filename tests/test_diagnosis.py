@@ -1,5 +1,6 @@
 """The regime's name against its definition, on either side of every threshold."""
 
+import dataclasses
 import math
 
 import jax
@@ -175,3 +176,22 @@ def test_a_run_is_diagnosed_from_its_metrics():
     assert advise(symptoms_of_run(cell, T, rows, last=True)).remedies == ()
     with pytest.raises(ValueError, match="rows must hold a monitored training step"):
         symptoms_of_run(cell, T, rows[:1])
+
+
+def test_a_trajectory_is_diagnosed_as_its_inputs_are():
+    cell = rnnjax.GRUCell(6)
+    params = cell.init(jax.random.key(0), 2)
+    inputs, start = jax.random.normal(jax.random.key(1), (20, 3, 2)), jnp.ones((3, 6))
+    path = rnnjax.trajectory(cell, params, inputs, start)
+    assert diagnose(cell, params, path) == diagnose(cell, params, inputs, start)
+    with pytest.raises(ValueError, match="carry must be left out with a trajectory"):
+        diagnose(cell, params, path, start)
+
+
+def test_a_trajectory_that_overflowed_is_a_finding():
+    cell = rnnjax.VanillaCell(3, activation="relu")
+    params = cell.init(jax.random.key(0), 1)
+    path = rnnjax.trajectory(cell, params, jnp.ones((4, 2, 1)))
+    broken = dataclasses.replace(path, carries=path.carries.at[2].set(jnp.nan))
+    found = diagnose(cell, params, broken)
+    assert found.symptoms.regime.name == "non-finite" and "time step 1" in found.symptoms.message
