@@ -10,6 +10,8 @@ import pytest
 import rnnjax
 from rnnjax import testing
 from rnnjax.jacobians import jacobian_operator
+from rnnjax.norms import _norms_of_sequence
+from rnnjax.operators import DenseJacobians
 from tests.reference_spectra import LIMIT, orthogonal, spectrum, worst
 
 PROFILED = {
@@ -203,3 +205,30 @@ def test_norm_where_another_direction_takes_the_lead():
     logs = np.log(np.asarray(jnp.stack([jnp.diagonal(m) for m in chain]), np.float64))
     expected = np.cumsum(logs[::-1], axis=0).max(axis=1)
     np.testing.assert_allclose(rnnjax.spectral_norm_profile(chain), expected, atol=1e-4)
+
+
+def passing_slowly(rate, seed, size=12, num_steps=240):
+    """Known singular values e^(sums of logs), the first two of which take the lead in turns, and their norms by lag."""
+    rng = np.random.default_rng(seed)
+    frames = [np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(num_steps + 1)]
+    logs = np.broadcast_to(np.linspace(-0.02, -0.3, size), (num_steps, size)).copy()
+    turns = np.arange(num_steps) // 40 % 2
+    logs[:, 0], logs[:, 1] = -0.01 - rate * turns, -0.01 - rate * (1 - turns)
+    logs += 0.3 * rate * rng.normal(size=logs.shape)
+    chain = [frames[t] @ np.diag(np.exp(logs[t])) @ frames[t + 1].T for t in range(num_steps)][::-1]
+    return np.stack(chain), np.cumsum(logs, axis=0).max(axis=1)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 3e-3, 3e-2])
+def test_norm_where_two_directions_pass_each_other_slowly(rate, dtype):
+    for seed in range(6):
+        chain, exact = passing_slowly(rate, seed)
+        norms = rnnjax.spectral_norm_profile(jnp.asarray(chain, dtype))
+        np.testing.assert_allclose(norms, exact, atol=1e-4 if dtype == np.float32 else 1e-8)
+
+
+def test_norm_that_iterations_do_not_find_comes_from_an_svd(monkeypatch):
+    monkeypatch.setattr("rnnjax.norms._MAX_ITERATIONS", 1)
+    chain, exact = passing_slowly(3e-3, 0, num_steps=20)
+    norms = _norms_of_sequence(DenseJacobians(jnp.asarray(chain, jnp.float32)))
+    np.testing.assert_allclose(norms, exact, atol=1e-5)
