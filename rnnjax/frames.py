@@ -2,12 +2,14 @@
 
 Between two QR factorisations any triangular one serves. With J_{t+m} … J_{t+1} L = Πᵀ L' U (Gaussian elimination with
 partial pivoting) the columns of Πᵀ L' span what QR's would, in the same order, and triangular factors multiply: Σ
-log|U_ii|, closed by a QR of the last Πᵀ L', is Σ log|R_ii| of a QR at every step. A stretch of m steps is as long as
-its columns stay independent enough; each one is checked, and redone if they did not.
+log|U_ii|, with log|R_ii| of the last Πᵀ L' added and that of the first subtracted, is Σ log|R_ii| of a QR at every
+step. A stretch of m steps is as long as its columns stay independent enough; each one is checked, and redone if they
+did not.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,18 +84,25 @@ def _frame_growth(jacobians: Jacobians, frame: Array, times: Array, backward: bo
 
 def _orthonormal(columns: Array) -> tuple[Array, Array]:
     frame, triangle = lapack.qr(columns)
-    return frame, jnp.log(jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1)))
+    return frame, _log_diagonal(triangle)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-@functools.partial(jax.jit, static_argnums=2)
-def block_growth(jacobians: Jacobians, frame: Array, boundaries: tuple[int, ...]) -> tuple[Array, Array]:
+def _log_diagonal(triangle: Array) -> Array:
+    return jnp.log(jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def block_growth(
+    jacobians: Jacobians, frame: Array, boundaries: tuple[int, ...], backward: bool = False
+) -> tuple[Array, Array]:
     """Carries an orthonormal frame along, and sums how much its columns grow between boundaries.
 
     Args:
       jacobians: the step Jacobians, from ``jacobian_operator``.
       frame: orthonormal columns ``[..., S, k]``, before the step of the first boundary.
-      boundaries: M + 1 numbers of steps, ascending.
+      boundaries: M + 1 numbers of steps taken, ascending.
+      backward: from the last step to the first, with transposed Jacobians.
 
     Returns:
       The frame at the last boundary, and Σ log|R_ii| of each block of steps in nats, ``[M, ..., k]``: those of a QR at
@@ -108,39 +117,59 @@ def block_growth(jacobians: Jacobians, frame: Array, boundaries: tuple[int, ...]
        [ 2.079 -2.079]]
     """
     if np.diff(boundaries).max() <= 1:
-        return _frame_growth(jacobians, frame, jnp.arange(boundaries[0], boundaries[-1]))
+        return _growth_of_steps(jacobians, frame, boundaries, backward)
 
-    def block(start: tuple[Array, Array], ends: Array) -> tuple[tuple[Array, Array], Array]:
-        frame, length = start
-        logs = jnp.zeros((*frame.shape[:-2], frame.shape[-1]), frame.dtype)
-        stretch = functools.partial(_stretch, jacobians, ends[1])
-        initial = (ends[0], frame, logs, length)
-        _, frame, logs, length = jax.lax.while_loop(lambda state: state[0] < ends[1], stretch, initial)
-        frame, closing = _orthonormal(frame)
-        return (frame, length), logs + closing
+    zeros = jnp.zeros((*frame.shape[:-2], frame.shape[-1]), frame.dtype)
+
+    def block(start: tuple[Array, Array, Array], ends: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        columns, before, length = start
+        stretch = functools.partial(_stretch, functools.partial(_taken, jacobians, backward), ends[1])
+        initial = (ends[0], columns, zeros, length)
+        _, columns, logs, length = jax.lax.while_loop(lambda state: state[0] < ends[1], stretch, initial)
+        after = _log_diagonal(lapack.triangle(columns))
+        return (columns, after, length), logs + (after - before)
 
     ends = jnp.stack([jnp.asarray(boundaries[:-1], jnp.int32), jnp.asarray(boundaries[1:], jnp.int32)], axis=1)
-    (frame, _), logs = jax.lax.scan(block, (frame, jnp.ones((), jnp.int32)), ends)
-    return frame, logs
+    (columns, *_), logs = jax.lax.scan(block, (frame, zeros, jnp.ones((), jnp.int32)), ends)
+    return lapack.qr(columns)[0], logs
 
 
 @block_growth.defjvp
-def _block_growth_jvp(boundaries: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+def _block_growth_jvp(boundaries: tuple[int, ...], backward: bool, primals: Any, tangents: Any) -> Any:
     """Derivatives of a QR at every step: a loop of unknown length has none in reverse."""
 
     def growth(jacobians: Jacobians, frame: Array) -> tuple[Array, Array]:
-        frame, logs = _frame_growth(jacobians, frame, jnp.arange(boundaries[0], boundaries[-1]))
+        frame, logs = _growth_of_steps(jacobians, frame, boundaries, backward)
         blocks = np.repeat(np.arange(len(boundaries) - 1), np.diff(boundaries))
         return frame, jax.ops.segment_sum(logs, blocks, len(boundaries) - 1)
 
     return jax.jvp(growth, primals, tangents)
 
 
-def _stretch(jacobians: Jacobians, stop: Array, state: _Progress) -> _Progress:
+def _growth_of_steps(
+    jacobians: Jacobians, frame: Array, boundaries: tuple[int, ...], backward: bool
+) -> tuple[Array, Array]:
+    """Returns the last frame, and log|R_ii| of each step between the first boundary and the last, as they are taken."""
+    times = jnp.arange(boundaries[0], boundaries[-1])
+    if not backward:
+        return _frame_growth(jacobians, frame, times)
+    frame, logs = _frame_growth(jacobians, frame, jacobians.shape[0] - 1 - times[::-1], backward=True)
+    return frame, logs[::-1]
+
+
+def _taken(jacobians: Jacobians, backward: bool, step: Array, columns: Array) -> Array:
+    """Returns the columns after one more step."""
+    if backward:
+        return jacobians.at_step(jacobians.shape[0] - 1 - step).transpose_times(columns)
+    return jacobians.at_step(step).times(columns)
+
+
+def _stretch(take: Callable[[Array, Array], Array], stop: Array, state: _Progress) -> _Progress:
     """Takes several steps, then one triangular factorisation; gives half of them up where columns became dependent."""
     time, frame, logs, length = state
-    steps = jnp.minimum(length, stop - time)
-    columns = jax.lax.fori_loop(time, time + steps, lambda t, v: jacobians.at_step(t).times(v), frame)
+    left = stop - time
+    steps = -(-left // -(-left // length))  # stretches of like length
+    columns = jax.lax.fori_loop(time, time + steps, take, frame)
     lower, pivots = lapack.over_batch(_unit_lower, columns, columns.ndim - 2)
     info = jnp.finfo(frame.dtype)
     # A pivot this far above underflow has all its digits; a column without rank has none to lose.

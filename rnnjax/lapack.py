@@ -50,6 +50,11 @@ def qr(matrices: Array) -> tuple[Array, Array]:
     return over_batch(jnp.linalg.qr, matrices, matrices.ndim - 2)
 
 
+def triangle(matrices: Array) -> Array:
+    """Returns R of the reduced QR factorisation of ``[..., m, n]``, at half of its cost."""
+    return over_batch(lambda matrix: jnp.linalg.qr(matrix, mode="r"), matrices, matrices.ndim - 2)
+
+
 def lu(columns: Array) -> tuple[Array, Array, Array]:
     """Returns the factorisation columns[rows] = L U of one ``[m, n]``, m ≥ n, with partial pivoting.
 

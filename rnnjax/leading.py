@@ -11,7 +11,7 @@ import numpy as np
 
 from rnnjax import lapack, products, validation
 from rnnjax.cells import Cell
-from rnnjax.frames import frame_growth, random_frame
+from rnnjax.frames import block_growth, frame_growth, random_frame
 from rnnjax.graded import Factors
 from rnnjax.jacobi import graded_svd
 from rnnjax.jacobians import jacobian_operator
@@ -122,7 +122,7 @@ def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_p
         forward = Chain(sequence, False, limit, scaled=False)
         backward = Chain(sequence, True, limit_back, scaled=False)
         first_bad = first_non_finite_step(sequence)
-        first = backward.multiplied(random_frame(key, sequence, width))
+        start, _ = block_growth(sequence, random_frame(key, sequence, width), (0, sequence.shape[0]), True)
 
         def unfinished(state: tuple[LeadingSingularValues, Array]) -> Array:
             found, _ = state
@@ -138,8 +138,8 @@ def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_p
             return LeadingSingularValues(log_sigma, residuals, vectors, passes, converged, first_bad), back.left
 
         unknown, one = jnp.full(width, jnp.nan, sequence.dtype), jnp.ones((), jnp.int32)
-        nothing = LeadingSingularValues(unknown, unknown, first.left, one, first_bad >= 0, first_bad)
-        result, _ = jax.lax.while_loop(unfinished, both_ways, (nothing, first.left))
+        nothing = LeadingSingularValues(unknown, unknown, start, one, first_bad >= 0, first_bad)
+        result, _ = jax.lax.while_loop(unfinished, both_ways, (nothing, start))
         return dataclasses.replace(
             result,
             log_singular_values=result.log_singular_values[:count],

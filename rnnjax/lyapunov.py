@@ -16,7 +16,7 @@ import numpy as np
 
 from rnnjax import validation
 from rnnjax.cells import Cell, CellParams
-from rnnjax.frames import block_growth, frame_growth, random_frame
+from rnnjax.frames import block_growth, random_frame
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.operators import Jacobians
 from rnnjax.typing import Array, Carry, Key, Params
@@ -242,9 +242,10 @@ def finite_time_exponents(jacobians: Jacobians, num_exponents: int, key: Key | N
     """
     count = validation.integer_between("num_exponents", num_exponents, 1, jacobians.shape[-1])
     frame = random_frame(jax.random.key(0) if key is None else key, jacobians, count)
-    frame, _ = frame_growth(jacobians, frame, backward=True)
-    _, local = frame_growth(jacobians, frame)
-    return -jnp.sort(-local.mean(axis=0), axis=-1)
+    num_steps = jacobians.shape[0]
+    frame, _ = block_growth(jacobians, frame, (0, num_steps), True)
+    _, logs = block_growth(jacobians, frame, (0, num_steps))
+    return -jnp.sort(-logs[0] / num_steps, axis=-1)
 
 
 def _summarized(logs: Array, size: int, **rest: Any) -> LyapunovResult:

@@ -24,21 +24,22 @@ class StructuredJacobians:
       recurrent_kernel: U, ``[H, G, H]``.
       transposed_kernel: Uᵀ, ``[G, H, H]``, entry (g, j, i) that of U (i, g, j): J V multiplies by rows of Uᵀ, Jᵀ V by
         rows of U, and a matrix whose rows lie together multiplies faster.
+      gates_alone: whether P = 0, so that nothing reaches the next state but through U.
     """
 
     carry_derivatives: Array
     recurrent_derivatives: Array
     recurrent_kernel: Array
     transposed_kernel: Array
+    gates_alone: bool = flax.struct.field(pytree_node=False)
 
     @classmethod
     def from_factors(
-        cls, carry_derivatives: Array, recurrent_derivatives: Array, recurrent_kernel: Array
+        cls, carry_derivatives: Array, recurrent_derivatives: Array, kernel: Array, *, gates_alone: bool = False
     ) -> "StructuredJacobians":
         """Returns the Jacobians with factors P, D and U."""
-        return cls(
-            carry_derivatives, recurrent_derivatives, recurrent_kernel, jnp.transpose(recurrent_kernel, (1, 2, 0))
-        )
+        transposed = jnp.transpose(kernel, (1, 2, 0))
+        return cls(carry_derivatives, recurrent_derivatives, kernel, transposed, gates_alone)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,8 +92,8 @@ class StructuredJacobians:
             result = lapack.matmul(self._blocks(), from_hidden)
             result = result.reshape(parts.shape) + _mixed(self.carry_derivatives[..., 1:, :], parts[..., 1:, :, :])
         else:
-            through_gates = self._through_gates(from_hidden)
-            result = _mixed(self.carry_derivatives, parts) + _mixed(self.recurrent_derivatives, through_gates)
+            result = _mixed(self.recurrent_derivatives, self._through_gates(from_hidden))
+            result = result if self.gates_alone else _mixed(self.carry_derivatives, parts) + result
         return result.reshape(columns.shape)
 
     def transpose_times(self, columns: Array) -> Array:
@@ -102,9 +103,10 @@ class StructuredJacobians:
             to_hidden = lapack.matmul(jnp.swapaxes(self._blocks(), -1, -2), columns)
             others = _mixed(jnp.swapaxes(self.carry_derivatives[..., 1:, :], -3, -2), parts)
             return jnp.concatenate([to_hidden[..., None, :, :], others], axis=-3).reshape(columns.shape)
+        to_hidden = self._to_hidden(_mixed(jnp.swapaxes(self.recurrent_derivatives, -3, -2), parts))
+        if self.gates_alone and parts.shape[-3] == 1:
+            return to_hidden
         result = _mixed(jnp.swapaxes(self.carry_derivatives, -3, -2), parts)
-        at_gates = _mixed(jnp.swapaxes(self.recurrent_derivatives, -3, -2), parts)
-        to_hidden = self._to_hidden(at_gates)
         return result.at[..., 0, :, :].add(to_hidden).reshape(columns.shape)
 
     def log_abs_det(self) -> Array:
@@ -136,7 +138,10 @@ class StructuredJacobians:
         """∂s'/∂h, ``[..., C, H, H]``: entry (a, j, i) is ∂(carry a of unit j)' / ∂h_i."""
         gates, kernel = self.recurrent_derivatives, self.transposed_kernel
         rows = kernel.reshape((1,) * (gates.ndim - 2) + kernel.shape)
-        through = sum(gates[..., g, :, None] * rows[..., g, :, :] for g in range(gates.shape[-2]))
+        zero = jnp.zeros((), self.dtype)
+        through = sum((gates[..., g, :, None] * rows[..., g, :, :] for g in range(gates.shape[-2])), zero)
+        if self.gates_alone:
+            return through
         hidden = kernel.shape[-1]
         same_unit = jax.lax.expand_dims(jnp.eye(hidden, dtype=self.dtype), range(gates.ndim - 2))
         return through + self.carry_derivatives[..., 0, :, None] * same_unit
