@@ -11,7 +11,7 @@ from rnnjax import graded, lapack, products
 from rnnjax.operators import Jacobians
 from rnnjax.typing import Array
 
-_LAGS_TOGETHER = 8
+_LAGS_TOGETHER = 16
 _RIVAL_SHARE = 0.5
 _RANDOM_SHARE = 0.3
 _RESIDUAL = {"float32": 1e-5, "float64": 1e-7}
@@ -31,7 +31,7 @@ class _Growing:
       remainder: nats.
       guess: about the leading right singular vector of the columns, ``[b]``.
       rival: about the one after it, ``[b]``.
-      norms: log spectral norms of the lags so far, ``[T + 8]``.
+      norms: log spectral norms of the lags so far, ``[T + 16]``.
     """
 
     lag: Array
@@ -52,19 +52,14 @@ class _Search:
       images: C x, ``[L, S]``.
       gradients: CᵀC x − ‖C x‖² x, ``[L, b]``: how ‖C x‖² / ‖x‖² grows.
       directions: p, where to look next, ``[L, b]``.
-      count: iterations so far.
+      unfinished: where ‖CᵀC x − θ² x‖ is too large a share of θ² = ‖C x‖², bool ``[L, 1]``.
     """
 
     vectors: Array
     images: Array
     gradients: Array
     directions: Array
-    count: Array
-
-    def unfinished(self) -> Array:
-        """Returns where ‖CᵀC x − θ² x‖ is too large a share of θ² = ‖C x‖², bool ``[L]``."""
-        limit = _RESIDUAL[self.vectors.dtype.name]
-        return jnp.sum(self.gradients**2, axis=1) > (limit * jnp.sum(self.images**2, axis=1)) ** 2
+    unfinished: Array
 
 
 def spectral_norm_profile(jacobians: Array | Jacobians) -> Array:
@@ -178,12 +173,11 @@ def _log_norms(matrices: Array, start: Array) -> tuple[Array, Array]:
     """Returns the log spectral norms of ``[L, S, b]``, and leading right singular vectors ``[L, b]`` near the start."""
     vectors = jnp.broadcast_to(start, (len(matrices), len(start)))
     images = _times(matrices, vectors)
-    gradients = _gradients(matrices, vectors, images)
-    initial = _Search(vectors, images, gradients, gradients, jnp.zeros((), jnp.int32))
-    found = jax.lax.while_loop(
-        lambda search: search.unfinished().any() & (search.count < _MAX_ITERATIONS),
-        lambda search: _iterated(matrices, search),
-        initial,
+    gradients, unfinished = _gradients(matrices, vectors, images)
+    _, found = jax.lax.while_loop(
+        lambda state: state[1].unfinished.any() & (state[0] < _MAX_ITERATIONS),
+        lambda state: (state[0] + 1, _iterated(matrices, state[1])),
+        (jnp.zeros((), jnp.int32), _Search(vectors, images, gradients, gradients, unfinished)),
     )
 
     def decompose(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -191,7 +185,7 @@ def _log_norms(matrices: Array, start: Array) -> tuple[Array, Array]:
         index = jnp.argmax(left)
         return norms.at[index].set(lapack.spectral_norm(matrices[index])), left.at[index].set(False)
 
-    state = (jnp.sqrt(jnp.sum(found.images**2, axis=1)), found.unfinished())
+    state = (jnp.sqrt(jnp.sum(found.images**2, axis=1)), found.unfinished[:, 0])
     norms, _ = jax.lax.while_loop(lambda own: own[1].any(), decompose, state)
     return jnp.log(norms), found.vectors
 
@@ -203,26 +197,25 @@ def _iterated(matrices: Array, search: _Search) -> _Search:
     image = _times(matrices, p)
     angle = jnp.arctan2(2 * _dot(y, image), _dot(y, y) - _dot(image, image)) / 2
     vectors, images = (jnp.cos(angle) * a + jnp.sin(angle) * b for a, b in ((x, p), (y, image)))
-    gradients, old = _gradients(matrices, vectors, images), search.gradients
+    gradients, unfinished = _gradients(matrices, vectors, images)
+    old = search.gradients
     conjugate = jnp.maximum(_dot(gradients, gradients - old) / _dot(old, old), 0)
-    new = _Search(vectors, images, gradients, gradients + conjugate * search.directions, search.count)
-    left = search.unfinished()[:, None]
-    new = jax.tree.map(lambda after, before: jnp.where(left, after, before), new, search)
-    return dataclasses.replace(new, count=search.count + 1)
+    directions = gradients + conjugate * search.directions
+    new = _Search(vectors, images, gradients, directions, unfinished)
+    return jax.tree.map(lambda after, before: jnp.where(search.unfinished, after, before), new, search)
 
 
-def _gradients(matrices: Array, vectors: Array, images: Array) -> Array:
-    return _dot_rows(images, matrices) - _dot(images, images) * vectors
+def _gradients(matrices: Array, vectors: Array, images: Array) -> tuple[Array, Array]:
+    """Returns CᵀC x − θ² x, and where it is too large a share of θ²."""
+    squares = _dot(images, images)
+    gradients = lapack.matmul(images[:, None, :], matrices)[:, 0] - squares * vectors
+    limit = _RESIDUAL[vectors.dtype.name]
+    return gradients, _dot(gradients, gradients) > (limit * squares) ** 2
 
 
 def _times(matrices: Array, vectors: Array) -> Array:
     """Returns C x for each row, ``[L, S]``."""
     return lapack.matmul(matrices, vectors[:, :, None])[:, :, 0]
-
-
-def _dot_rows(vectors: Array, matrices: Array) -> Array:
-    """Returns yᵀ C for each row, ``[L, b]``."""
-    return lapack.matmul(vectors[:, None, :], matrices)[:, 0]
 
 
 def _dot(first: Array, second: Array) -> Array:
