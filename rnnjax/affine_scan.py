@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.chunks import scan_chunks
+from rnnjax.chunks import scan_chunks, scan_prepared
 from rnnjax.controls import Controls, where
 from rnnjax.local_derivatives import LocalDerivatives, PointwiseProgram, only_gates
 from rnnjax.typing import Array
@@ -99,13 +99,13 @@ def _forward(
             after = where(control.active, after, carry)
         return after, (after[0], local)
 
-    def chunk(carry: list[Array], xs: Any) -> tuple[list[Array], Any]:
+    def prepare(xs: Any) -> Any:
         inputs, *others = xs
-        prepared = cell.prepare_inputs(params, inputs)
-        return jax.lax.scan(step, carry, (prepared, *others), reverse=reverse)
+        return cell.prepare_inputs(params, inputs), *others
 
     xs = (sequence.inputs, controls, sequence.perturbations)
-    return scan_chunks(chunk, sequence.carry, xs, _chunk_size(params, sequence.inputs), reverse=reverse)
+    size = _chunk_size(params, sequence.inputs)
+    return scan_prepared(prepare, step, sequence.carry, xs, size, reverse=reverse)
 
 
 @functools.partial(scan_affine.defjvp, symbolic_zeros=True)

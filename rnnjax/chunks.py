@@ -1,10 +1,13 @@
 """Scans that go chunk by chunk."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from rnnjax.typing import Array
 
 
 def scan_chunks(
@@ -41,3 +44,56 @@ def scan_chunks(
     carry, last = function(carry, jax.tree.map(lambda x: x[remaining], xs))
     parts = (last, ys) if reverse else (ys, last)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)
+
+
+def scan_prepared(
+    prepare: Callable[[Any], Any],
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any,
+    size: int,
+    *,
+    reverse: bool = False,
+) -> tuple[Any, Any]:
+    """Scans over the leading axis of ``xs``, which is prepared for ``size`` steps at a time.
+
+    Results go straight to where they stay. A scan inside a scan would gather those of a chunk first, and copy them.
+
+    Args:
+      prepare: takes a chunk of ``xs``, returns what its steps take.
+      step: takes the carry and one entry of that; returns the next carry, and ``y``.
+      carry: what the first step starts from.
+      xs: pytree of arrays that share their leading axis, of length T.
+      size: entries a chunk; the last one processed is shorter where T is not a multiple.
+      reverse: from the last entry to the first.
+
+    Returns:
+      The last carry, and the ``y`` of every step in the order of ``xs``, leading axis T.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> total, sums = scan_prepared(lambda x: 2 * x, lambda c, x: (c + x, c + x), 0, jnp.arange(5), 2)
+      >>> print(total, sums)
+      20 [ 0  2  6 12 20]
+    """
+    length = jax.tree.leaves(xs)[0].shape[0]
+    if length <= size:
+        return jax.lax.scan(step, carry, prepare(xs), reverse=reverse)
+
+    def first(carry: Any, xs: Any) -> Any:
+        return step(carry, jax.tree.map(lambda x: x[0], prepare(jax.tree.map(lambda x: x[:1], xs))))[1]
+
+    def one(state: tuple[Any, Any], entry: tuple[Array, Any]) -> tuple[tuple[Any, Any], None]:
+        (carry, results), (index, x) = state, entry
+        carry, y = step(carry, x)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return (carry, jax.tree.map(put, results, y)), None
+
+    def chunk(state: tuple[Any, Any], entries: tuple[Array, Any]) -> tuple[tuple[Any, Any], None]:
+        indices, xs = entries
+        return jax.lax.scan(one, state, (indices, prepare(xs)), reverse=reverse)
+
+    shapes = jax.eval_shape(first, carry, xs)
+    results = jax.tree.map(lambda y: jnp.zeros((length, *y.shape), y.dtype), shapes)
+    state, _ = scan_chunks(chunk, (carry, results), (jnp.arange(length), xs), size, reverse=reverse)
+    return state

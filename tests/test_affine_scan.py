@@ -11,7 +11,7 @@ import pytest
 import rnnjax
 from rnnjax import affine_scan
 from rnnjax.cells import AffineCell
-from rnnjax.chunks import scan_chunks
+from rnnjax.chunks import scan_chunks, scan_prepared
 from rnnjax.local_derivatives import PointwiseProgram
 
 T, B, D, H = 11, 2, 2, 3
@@ -205,6 +205,22 @@ def test_scan_of_chunks_is_a_scan(size, reverse):
 
     agree(scan_chunks(chunk, jnp.asarray(1.0), xs, size, reverse=reverse), expected, 1e-6)
     assert set(lengths) <= {size, 7 % size, 7}
+    lengths.clear()
+
+    def prepare(x):
+        lengths.append(len(x))
+        return x**2
+
+    def gradient(scan):
+        return jax.grad(lambda x: scan(x)[0] + (scan(x)[1] ** 2).sum())(xs)
+
+    prepared, plain = (
+        lambda x: scan_prepared(prepare, step, jnp.asarray(1.0), x, size, reverse=reverse),
+        lambda x: jax.lax.scan(step, 1.0, x**2, reverse=reverse),
+    )
+    agree(prepared(xs), plain(xs), 1e-6)
+    agree(gradient(prepared), gradient(plain), 1e-6)
+    assert set(lengths) <= {size, 7 % size, 7, 1}  # one entry says what shape results have
 
 
 def test_only_what_is_asked_for_is_differentiated():
