@@ -31,10 +31,10 @@ def test_cost_of_spectra():
     result = run("spectra", "--cells=GRU", "--sizes=4", "--num_steps=6", "--repeats=1")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert {line["cell"] for line in lines} == {"GRU"}
     assert all(line["median_ms"] > 0 and line["first_call_s"] > line["median_ms"] / 1e3 for line in lines)
-    assert "jacrev + SVD" in result.stdout.splitlines()[-3]
+    assert "jacrev of scan" in result.stdout.splitlines()[-3]
 
 
 def test_what_is_timed_is_right():
@@ -43,10 +43,10 @@ def test_what_is_timed_is_right():
     path = rnnjax.trajectory(rnnjax.GRUCell(8), params, many[:, 0])
     chain = np.asarray(rnnjax.autodiff_step_jacobians(rnnjax.GRUCell(8), params, path), np.float64)
     exact = [np.log(np.linalg.svd(np.linalg.multi_dot([np.eye(8), *chain[4 - lag :][::-1]]))[1]) for lag in range(1, 5)]
-    usual, every, norms = (
-        program(*arguments) for program, arguments in map(programs.get, ("jacrev + SVD", "all", "norm at every lag"))
-    )
+    names = ("jacrev of scan", "jacrev of unroll", "all", "norm at every lag")
+    usual, ours, every, norms = (program(*arguments) for program, arguments in map(programs.get, names))
     np.testing.assert_allclose(usual, exact[-1], atol=1e-3)
+    np.testing.assert_allclose(ours, exact[-1], atol=1e-3)
     np.testing.assert_allclose(every.log_singular_values, exact[-1], atol=1e-3)
     np.testing.assert_allclose(norms, np.max(exact, axis=1), atol=1e-3)
     for name, shape in (("leading quarter", (2,)), ("all of 16", (16, 8))):
