@@ -131,7 +131,7 @@ def structured_jacobians(cell: AffineCell, params: CellParams, trajectory: Traje
     program = PointwiseProgram(cell, leaves[0].shape, leaves[0].dtype, exact=True)
     _, local = program.value_and_derivatives(leaves, from_inputs, recurrent)
     by_carry, by_gate = _controlled(trajectory, local.by_old_carry(), local.by_recurrent())
-    gates_alone = trajectory.active is None and not (local.by_carry or local.copies)
+    gates_alone = cell.num_carries == 1 and trajectory.active is None and not (local.by_carry or local.copies)
     return StructuredJacobians.from_factors(by_carry, by_gate, params.recurrent_kernel, gates_alone=gates_alone)
 
 

@@ -24,7 +24,7 @@ class StructuredJacobians:
       recurrent_kernel: U, ``[H, G, H]``.
       transposed_kernel: Uᵀ, ``[G, H, H]``, entry (g, j, i) that of U (i, g, j): J V multiplies by rows of Uᵀ, Jᵀ V by
         rows of U, and a matrix whose rows lie together multiplies faster.
-      gates_alone: whether P = 0, so that nothing reaches the next state but through U.
+      gates_alone: whether C = 1 and P = 0, so that J = D Uᵀ.
     """
 
     carry_derivatives: Array
@@ -104,7 +104,7 @@ class StructuredJacobians:
             others = _mixed(jnp.swapaxes(self.carry_derivatives[..., 1:, :], -3, -2), parts)
             return jnp.concatenate([to_hidden[..., None, :, :], others], axis=-3).reshape(columns.shape)
         to_hidden = self._to_hidden(_mixed(jnp.swapaxes(self.recurrent_derivatives, -3, -2), parts))
-        if self.gates_alone and parts.shape[-3] == 1:
+        if self.gates_alone:
             return to_hidden
         result = _mixed(jnp.swapaxes(self.carry_derivatives, -3, -2), parts)
         return result.at[..., 0, :, :].add(to_hidden).reshape(columns.shape)

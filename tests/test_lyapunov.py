@@ -11,7 +11,7 @@ import pytest
 
 import rnnjax
 from rnnjax import testing
-from rnnjax.frames import frame_growth, random_frame
+from rnnjax.frames import block_growth, frame_growth, random_frame
 from rnnjax.lyapunov import finite_time_exponents, kaplan_yorke_dimension, lyapunov_spectrum
 from rnnjax.operators import DenseJacobians
 
@@ -543,3 +543,27 @@ def test_frames_are_orthonormal_and_grow_backward_by_the_transposed_steps():
         frames, triangles = np.linalg.qr(np.swapaxes(chain[t], 1, 2) @ frames)
         expected = np.log(np.abs(np.diagonal(triangles, axis1=1, axis2=2)))
         np.testing.assert_allclose(growth[t], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_growth_between_boundaries_is_that_of_a_qr_at_every_step(backward, dtype):
+    """Frame, sums of logs and their derivative, over the third to the eighth of eleven steps."""
+    chain = jnp.asarray(np.random.default_rng(0).normal(size=(11, 5, 5)), dtype)
+    start, boundaries = random_frame(jax.random.key(0), DenseJacobians(chain), 3), (2, 4, 5, 8)
+    taken = (chain[::-1].swapaxes(1, 2) if backward else chain)[2:8]
+    limit = 2e-4 if dtype == np.float32 else 1e-11
+
+    def in_blocks(taken):
+        whole = jnp.concatenate([chain[:2], taken, chain[8:]])
+        if backward:
+            whole = jnp.concatenate([chain[:3], taken[::-1].swapaxes(1, 2), chain[9:]])
+        return block_growth(DenseJacobians(whole), start, boundaries, backward)
+
+    def by_steps(taken):
+        frame, logs = frame_growth(DenseJacobians(taken), start)
+        return frame, jnp.stack([logs[a - 2 : b - 2].sum(axis=0) for a, b in zip((2, 4, 5), (4, 5, 8), strict=True)])
+
+    for ours, theirs in zip(in_blocks(taken), by_steps(taken), strict=True):
+        np.testing.assert_allclose(jnp.abs(ours), jnp.abs(theirs), atol=limit)  # signs of columns are free
+    gradients = (jax.grad(lambda steps, f=f: (f(steps)[1] ** 2).sum())(taken) for f in (in_blocks, by_steps))
+    np.testing.assert_allclose(*gradients, rtol=100 * limit, atol=100 * limit)

@@ -39,8 +39,7 @@ def usual_way(cell: rnnjax.Cell, params: Any, inputs: Any) -> Any:
     """Log singular values of ``jax.jacrev`` through a scan of the cell."""
 
     def last_carry(carry: Any) -> Any:
-        step = lambda carry, x: (cell.apply(params, carry, x)[0], None)  # noqa: E731
-        return jax.lax.scan(step, carry, inputs)[0]
+        return jax.lax.scan(lambda carry, x: (cell.apply(params, carry, x)[0], None), carry, inputs)[0]
 
     return _by_jacrev(cell, last_carry)
 
