@@ -240,10 +240,10 @@ def test_a_jacobian_that_is_not_finite_is_an_error_with_its_step():
         rnnjax.step_jacobians(cell, params, trajectory)
 
 
-@pytest.mark.parametrize("name", ["lstm", "step"])
+@pytest.mark.parametrize("name", ["lstm", "vanilla tanh", "step"])
 def test_lengths_and_resets_are_in_the_jacobians(name):
     """Against differences of the whole unroll: where a carry stands still J = I, where it is reset J = 0."""
-    if name == "lstm":
+    if name != "step":
         cell, params, made = path(name, (2,), jnp.dtype("float32"))
     else:
         weights = random_like(np.empty((H, H)), 1, jnp.float32)
@@ -263,6 +263,9 @@ def test_lengths_and_resets_are_in_the_jacobians(name):
     for one, other in zip(jax.tree.leaves(controlled.carries), jax.tree.leaves(after.carries), strict=True):
         np.testing.assert_allclose(one[3:, 0], other[1:], atol=1e-6)
     np.testing.assert_allclose(jacobians[3, 0], rnnjax.step_jacobians(cell, params, after)[1], atol=1e-6)
-    if name == "lstm":
+    if name != "step":
         expected = rnnjax.autodiff_step_jacobians(cell, params, controlled)
         np.testing.assert_allclose(jacobians, expected, atol=1e-6)
+    operator, columns = jacobian_operator(cell, params, controlled), random_like(jacobians, 3, jnp.float32)
+    np.testing.assert_allclose(operator.times(columns), jacobians @ columns, atol=1e-5)
+    np.testing.assert_allclose(operator.transpose_times(columns), jacobians.swapaxes(-1, -2) @ columns, atol=1e-5)
