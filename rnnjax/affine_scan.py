@@ -1,51 +1,36 @@
 """The scan of an affine cell, with a derivative of its own.
 
-The scan goes chunk by chunk: the input projections of a chunk are one matmul, its steps follow one by one, and when it
-is differentiated each step leaves its local derivatives behind, K for the pre-activations and P for the carry. The
-tangent of step t is then linear,
+The input projections of many steps are one matmul, the steps follow one by one, and when the scan is differentiated
+each step leaves its local derivatives behind, K for the pre-activations and P for the carry. The tangent of step t is
+then linear,
 
     ds_t = P_t ds_{t−1} + K_t (dh_{t−1} U + dz_t),        dz_t = x_t dW + dx_t W + db + h_{t−1} dU,
 
-so that dz is matmuls for a whole chunk, and the transposed scan carries the cotangent of the state alone: the gradients
-of all weights are matmuls for a whole chunk too. JAX transposes the tangent for reverse mode, and since it is made of
-ordinary operations, forward mode, higher derivatives, ``vmap`` and ``jax.checkpoint`` hold as they do elsewhere.
+so that dz is matmuls for many steps. Its transpose carries the cotangent of the state alone, and leaves dz where K was:
+the gradients of the weights are one matmul each. It is written out (``linear_map``), since the one that JAX derives
+sets memory to zero before it writes there, and copies it. Forward mode, higher derivatives, ``vmap`` and
+``jax.checkpoint`` hold as they do elsewhere.
 """
 
 import dataclasses
 import functools
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from rnnjax import linearisation
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.chunks import scan_chunks, scan_prepared
+from rnnjax.chunks import scan_chunks, scan_in_place, to_be_filled
 from rnnjax.controls import Controls, where
-from rnnjax.local_derivatives import LocalDerivatives, PointwiseProgram, only_gates
+from rnnjax.linear_maps import linear_map
+from rnnjax.linearisation import Linearisation, Sequence, chunk_size, perturbed
+from rnnjax.local_derivatives import LocalDerivatives
+from rnnjax.pointwise import PointwiseProgram
 from rnnjax.typing import Array
 
-_CHUNK_BYTES = 2**20
-"""Size of a chunk's pre-activations, so that they stay in a processor's cache."""
 _KERNELS = ("input_kernel", "recurrent_kernel")
-
-
-@flax.struct.dataclass
-class Sequence:
-    """What a scan depends on.
-
-    Attributes:
-      params: the weights.
-      inputs: ``[T, ..., D]``.
-      carry: the carry before the first step.
-      perturbations: added to the first leaves of each new carry, leaves ``[T, ..., H]``.
-    """
-
-    params: CellParams
-    inputs: Array
-    carry: list[Array]
-    perturbations: list[Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +59,20 @@ def scan_affine(
     cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
 ) -> tuple[list[Array], Array]:
     """Returns the last carry, leaf by leaf, and the hidden state of every step ``[T, ..., H]``."""
-    last, (hidden, _) = _forward(cell, settings, sequence, controls, derivatives=False)
-    return last, hidden
+    params, step = settings.rounded(sequence.params), _step(cell, settings, False, sequence)
+
+    def chunk(carry: list[Array], xs: Any) -> Any:
+        inputs, *others = xs
+        return jax.lax.scan(step, carry, (cell.prepare_inputs(params, inputs), *others), reverse=settings.reverse)
+
+    xs, size = (sequence.inputs, controls, sequence.perturbations), chunk_size(params, sequence.inputs)
+    last, (hidden, _) = scan_chunks(chunk, sequence.carry, xs, size, reverse=settings.reverse)
+    return last, _mapped_axis_first(hidden)
 
 
-def _forward(
-    cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls, *, derivatives: bool
-) -> tuple[list[Array], tuple[Array, LocalDerivatives | None]]:
-    params, reverse = settings.rounded(sequence.params), settings.reverse
-    shape, dtype = sequence.carry[0].shape, sequence.carry[0].dtype
+def _step(cell: AffineCell, settings: ScanSettings, derivatives: bool, sequence: Sequence) -> Any:
+    """Returns the step that takes the carry with the input pre-activation, controls and perturbations."""
+    params, shape, dtype = settings.rounded(sequence.params), sequence.carry[0].shape, sequence.carry[0].dtype
     program = PointwiseProgram(cell, shape, dtype, exact=False)
     initial = jax.tree.leaves(cell.initialize_carry(shape[:-1], dtype))
 
@@ -94,18 +84,43 @@ def _forward(
             after, local = program.value_and_derivatives(start, from_inputs, recurrent)
         else:
             after = program.value(start, from_inputs, recurrent)
-        after = _perturbed(after, perturbations)
+        after = perturbed(after, perturbations)
         if control.active is not None:
             after = where(control.active, after, carry)
         return after, (after[0], local)
 
-    def prepare(xs: Any) -> Any:
-        inputs, *others = xs
-        return cell.prepare_inputs(params, inputs), *others
+    return step
 
-    xs = (sequence.inputs, controls, sequence.perturbations)
-    size = _chunk_size(params, sequence.inputs)
-    return scan_prepared(prepare, step, sequence.carry, xs, size, reverse=reverse)
+
+def _mapped_axis_first(array: Array) -> Array:
+    """Returns the array; under ``vmap``, with its mapped axis first.
+
+    Scans leave it elsewhere than loops do, and JAX takes it to be at the same place with derivatives as without.
+    """
+    return array.reshape(-1).reshape(array.shape)
+
+
+def _forward(
+    cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
+) -> tuple[list[Array], tuple[Array, LocalDerivatives]]:
+    """Returns the last carry, and of every step the hidden state and the derivatives.
+
+    K takes the place of the input pre-activations, which no later step reads.
+    """
+    step = _step(cell, settings, True, sequence)
+
+    def step_in_place(carry: list[Array], xs: Any, rows: tuple[Array, Any]) -> tuple[list[Array], tuple[Array, Any]]:
+        carry, (hidden, local) = step(carry, (rows[0], *xs))
+        return carry, (local.by_gate[0], (hidden, dataclasses.replace(local, by_gate=local.by_gate[1:])))
+
+    from_inputs = cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs)
+    others = (controls, sequence.perturbations)
+    first = jax.tree.map(lambda x: x[0], (others, (from_inputs, None)))
+    _, (_, like) = jax.eval_shape(step_in_place, sequence.carry, *first)
+    rows = (from_inputs, to_be_filled(len(from_inputs), like))
+    last, rows = scan_in_place(step_in_place, sequence.carry, others, rows, reverse=settings.reverse)
+    by_gate, (hidden, local) = rows
+    return last, (_mapped_axis_first(hidden), dataclasses.replace(local, by_gate=(by_gate, *local.by_gate)))
 
 
 @functools.partial(scan_affine.defjvp, symbolic_zeros=True)
@@ -113,34 +128,28 @@ def _jvp(
     cell: AffineCell, settings: ScanSettings, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
     (sequence, controls), moved = primals, _known(tangents[0])
-    last, (hidden, local) = _forward(cell, settings, sequence, controls, derivatives=True)
-    params, reverse, severed = settings.rounded(sequence.params), settings.reverse, _severed(controls)
-    first = sequence.carry[0][None]
-    before = jnp.concatenate([hidden[1:], first] if reverse else [first, hidden[:-1]])
-    before = controls.enter(before, jnp.zeros_like(before))
-    transposed = jnp.transpose(params.recurrent_kernel, (1, 2, 0))
-
-    def step(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
-        local, active, severed, projected, perturbations = xs
-        start = carry if severed is None else where(severed, jax.tree.map(jnp.zeros_like, carry), carry)
-        recurrent = jnp.tensordot(start[0], transposed, axes=((-1,), (2,)), preferred_element_type=start[0].dtype)
-        if projected[0] is not None:
-            recurrent += projected[0]
-        after = local.times(start, recurrent, projected[1])
-        after = _perturbed(after, perturbations)
-        if active is not None:
-            after = where(active, after, carry)
-        return after, after[0]
-
-    def chunk(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
-        inputs, before, local, active, severed, moved_inputs, perturbations = xs
-        projected = _projected(params, moved.params, inputs, moved_inputs, before, local.summed)
-        return jax.lax.scan(step, carry, (local, active, severed, projected, perturbations), reverse=reverse)
-
+    last, (hidden, local) = _forward(cell, settings, sequence, controls)
     carry = [jnp.zeros_like(p) if t is None else t for p, t in zip(sequence.carry, moved.carry, strict=True)]
-    xs = (sequence.inputs, before, local, controls.active, severed, moved.inputs, moved.perturbations)
-    size = _chunk_size(sequence.params, sequence.inputs)
-    return (last, hidden), scan_chunks(chunk, carry, xs, size, reverse=reverse)
+    moved = dataclasses.replace(moved, carry=carry)
+    wanted = jax.tree.map(lambda _: True, moved)
+    residuals = Linearisation(
+        settings.rounded(sequence.params),
+        sequence.inputs,
+        sequence.carry[0],
+        hidden,
+        local,
+        controls,
+        _severed(controls),
+    )
+    moved_results = linear_map(
+        functools.partial(linearisation.tangents, settings.reverse),
+        functools.partial(linearisation.cotangents, settings.reverse, wanted),
+        residuals,
+        moved,
+        (last, hidden),
+        (residuals.batch_axes(), moved.batch_axes(), ([0] * len(last), 1)),
+    )
+    return (last, hidden), moved_results
 
 
 def _known(tangents: Any) -> Any:
@@ -158,41 +167,3 @@ def _severed(controls: Controls) -> Array | None:
     if reset is None or start is None:
         return start if reset is None else reset
     return reset | start.reshape(start.shape + (1,) * (reset.ndim - start.ndim))
-
-
-def _projected(
-    params: CellParams, moved: CellParams, inputs: Array, moved_inputs: Array | None, before: Array, summed: Any
-) -> tuple[Array | None, dict[int, Array]]:
-    """Returns the tangent of r, with that of u where the two are summed, and that of u for every other gate."""
-    inputs, before = (x.astype(params.input_kernel.dtype).astype(x.dtype) for x in (inputs, before))
-    shape = (*before.shape[:-1], *params.bias.shape)
-    from_inputs = [] if moved.input_kernel is None else [jnp.tensordot(inputs, moved.input_kernel, 1)]
-    if moved_inputs is not None:
-        from_inputs.append(jnp.tensordot(moved_inputs, params.input_kernel, 1, preferred_element_type=before.dtype))
-    if moved.bias is not None:
-        from_inputs.append(jnp.broadcast_to(moved.bias, shape))
-    recurrent = [] if moved.recurrent_kernel is None else [jnp.tensordot(before, moved.recurrent_kernel, 1)]
-    if moved.recurrent_bias is not None:
-        recurrent.append(jnp.broadcast_to(moved.recurrent_bias, shape))
-    if from_inputs:
-        total = functools.reduce(jnp.add, from_inputs)
-        recurrent.append(total if all(summed) else only_gates(total, summed))
-        alone = {gate: total[..., gate, :] for gate, is_summed in enumerate(summed) if not is_summed}
-    return (functools.reduce(jnp.add, recurrent) if recurrent else None), (alone if from_inputs else {})
-
-
-def _perturbed(carry: list[Array], perturbations: list[Any]) -> list[Array]:
-    added = [leaf if p is None else leaf + p for leaf, p in zip(carry, perturbations, strict=False)]
-    return added + carry[len(added) :]
-
-
-def _chunk_size(params: CellParams, inputs: Array) -> int:
-    """Returns how many steps a chunk has: all where there is one gate, with little to keep in the cache."""
-    if jax.default_backend() != "cpu" or params.bias.shape[0] == 1:
-        return inputs.shape[0]
-    num_steps = inputs.shape[0]
-    step = params.bias.size * inputs[0, ..., 0].size * params.bias.dtype.itemsize
-    size = max(4, min(64, _CHUNK_BYTES // max(step, 1)))
-    # A chunk that is left over has its results copied.
-    even = [number for number in range(size // 2, 2 * size) if num_steps % number == 0]
-    return min(even, key=lambda number: abs(number - size), default=size)

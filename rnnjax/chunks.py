@@ -46,54 +46,44 @@ def scan_chunks(
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)
 
 
-def scan_prepared(
-    prepare: Callable[[Any], Any],
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    carry: Any,
-    xs: Any,
-    size: int,
-    *,
-    reverse: bool = False,
+def scan_in_place(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, rows: Any, *, reverse: bool = False
 ) -> tuple[Any, Any]:
-    """Scans over the leading axis of ``xs``, which is prepared for ``size`` steps at a time.
+    """Scans over the leading axis of ``xs`` and ``rows``, and writes what each step returns over its row.
 
-    Results go straight to where they stay. A scan inside a scan would gather those of a chunk first, and copy them.
+    ``lax.scan`` would set memory of its own to zero first, which on CPU costs as much as writing to it does.
 
     Args:
-      prepare: takes a chunk of ``xs``, returns what its steps take.
-      step: takes the carry and one entry of that; returns the next carry, and ``y``.
+      step: takes the carry, one entry of ``xs`` and one of ``rows``; returns the next carry and the new row.
       carry: what the first step starts from.
       xs: pytree of arrays that share their leading axis, of length T.
-      size: entries a chunk; the last one processed is shorter where T is not a multiple.
+      rows: pytree of arrays with that leading axis too.
       reverse: from the last entry to the first.
 
     Returns:
-      The last carry, and the ``y`` of every step in the order of ``xs``, leading axis T.
+      The last carry, and the new rows.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> total, sums = scan_prepared(lambda x: 2 * x, lambda c, x: (c + x, c + x), 0, jnp.arange(5), 2)
+      >>> total, sums = scan_in_place(lambda c, x, row: (c + x, c + x * row), 0, jnp.arange(5), 10 * jnp.arange(5))
       >>> print(total, sums)
-      20 [ 0  2  6 12 20]
+      10 [  0  10  41  93 166]
     """
-    length = jax.tree.leaves(xs)[0].shape[0]
-    if length <= size:
-        return jax.lax.scan(step, carry, prepare(xs), reverse=reverse)
+    length = jax.tree.leaves((xs, rows))[0].shape[0]
 
-    def first(carry: Any, xs: Any) -> Any:
-        return step(carry, jax.tree.map(lambda x: x[0], prepare(jax.tree.map(lambda x: x[:1], xs))))[1]
+    def one(index: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        (carry, rows), at = state, length - 1 - index if reverse else index
+        read = functools.partial(jax.lax.dynamic_index_in_dim, index=at, keepdims=False, allow_negative_indices=False)
+        write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=at, axis=0, allow_negative_indices=False)
+        carry, new = step(carry, *jax.tree.map(read, (xs, rows)))
+        return carry, jax.tree.map(write, rows, new)
 
-    def one(state: tuple[Any, Any], entry: tuple[Array, Any]) -> tuple[tuple[Any, Any], None]:
-        (carry, results), (index, x) = state, entry
-        carry, y = step(carry, x)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
-        return (carry, jax.tree.map(put, results, y)), None
+    return jax.lax.fori_loop(0, length, one, (carry, rows))
 
-    def chunk(state: tuple[Any, Any], entries: tuple[Array, Any]) -> tuple[tuple[Any, Any], None]:
-        indices, xs = entries
-        return jax.lax.scan(one, state, (indices, prepare(xs)), reverse=reverse)
 
-    shapes = jax.eval_shape(first, carry, xs)
-    results = jax.tree.map(lambda y: jnp.zeros((length, *y.shape), y.dtype), shapes)
-    state, _ = scan_chunks(chunk, (carry, results), (jnp.arange(length), xs), size, reverse=reverse)
-    return state
+def to_be_filled(length: int, like: Any) -> Any:
+    """Returns a pytree of arrays ``[length, ...]`` for ``scan_in_place`` to write to, of the shapes of ``like``."""
+    leaves, structure = jax.tree.flatten(like)
+    # Each of another number: XLA would make equal ones once and copy them.
+    filled = [jnp.full((length, *leaf.shape), number, leaf.dtype) for number, leaf in enumerate(leaves, start=1)]
+    return jax.tree.unflatten(structure, filled)

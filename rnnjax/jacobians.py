@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell, CellParams
-from rnnjax.local_derivatives import PointwiseProgram
 from rnnjax.operators import Jacobians, LinearizedJacobians, check_finite
+from rnnjax.pointwise import PointwiseProgram
 from rnnjax.structured import StructuredJacobians
 from rnnjax.typing import Array, Carry, Params
 from rnnjax.unroll import Trajectory

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from rnnjax import validation
-from rnnjax.affine_scan import ScanSettings, Sequence, scan_affine
+from rnnjax.affine_scan import ScanSettings, scan_affine
 from rnnjax.cells import AffineCell, Cell, CellParams
 from rnnjax.chunks import scan_chunks
 from rnnjax.controls import Controls, make_controls, where, without_padding
 from rnnjax.cotangents import clip_cotangent
+from rnnjax.linearisation import Sequence
 from rnnjax.typing import Array, Carry, DType, Params
 
 

@@ -203,8 +203,12 @@ class AffineCell(Cell):
 
     def prepare_inputs(self, params: CellParams, inputs: Array) -> Array:
         """Returns the input pre-activation u = x W + b, ``[..., G, H]``, in one matmul for all leading axes."""
-        projected = _matmul(inputs, params.input_kernel, params.bias.dtype)
-        return projected + jnp.broadcast_to(params.bias, projected.shape)
+        kernel, bias = params.input_kernel, params.bias
+        if jax.default_backend() == "cpu" and kernel.dtype == bias.dtype:
+            # With b as one more row of W, the result is written once. Elsewhere a matmul may round its factors.
+            return _matmul(with_ones(inputs.astype(kernel.dtype)), jnp.concatenate([kernel, bias[None]]), bias.dtype)
+        projected = _matmul(inputs, kernel, bias.dtype)
+        return projected + jnp.broadcast_to(bias, projected.shape)
 
     def recurrent_preactivation(self, params: CellParams, hidden: Array) -> Array:
         """Returns r = h U + b_r, ``[..., G, H]``."""
@@ -248,6 +252,11 @@ class AffineCell(Cell):
     def _check_carry(self, params: CellParams, carry: Carry, batch_shape: tuple[int, ...]) -> None:
         expected = jax.eval_shape(lambda: self.initialize_carry(batch_shape, self.carry_dtype(params)))
         validation.same_shapes("carry", carry, expected, self.carry_form)
+
+
+def with_ones(x: Array) -> Array:
+    """Returns ``[..., n]`` with a last column of ones, ``[..., n + 1]``."""
+    return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
 
 
 def _matmul(x: Array, kernel: Array, dtype: DType) -> Array:

@@ -1,0 +1,239 @@
+"""The derivative of an affine cell's scan, a linear map, and its transpose."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rnnjax.cells import CellParams
+from rnnjax.cells.base import with_ones
+from rnnjax.chunks import scan_chunks, scan_in_place, to_be_filled
+from rnnjax.controls import Controls, where
+from rnnjax.local_derivatives import LocalDerivatives, only_gates
+from rnnjax.typing import Array
+
+_CHUNK_BYTES = 2**20
+"""Size of a chunk's pre-activations where they are not kept, so that they stay in a processor's cache."""
+
+
+@flax.struct.dataclass
+class Sequence:
+    """What a scan depends on.
+
+    Attributes:
+      params: the weights.
+      inputs: ``[T, ..., D]``.
+      carry: the carry before the first step.
+      perturbations: added to the first leaves of each new carry, leaves ``[T, ..., H]``.
+    """
+
+    params: CellParams
+    inputs: Array
+    carry: list[Array]
+    perturbations: list[Array]
+
+    def batch_axes(self) -> Any:
+        """Returns before which axis of each array a batch axis may be put; −1 for the weights."""
+        weights, carry = jax.tree.map(lambda _: -1, self.params), [0] * len(self.carry)
+        return dataclasses.replace(jax.tree.map(lambda _: 1, self), params=weights, carry=carry)
+
+
+@flax.struct.dataclass
+class Linearisation:
+    """What the tangents of a scan depend on.
+
+    Attributes:
+      params: the weights, kernels in the dtype to multiply in.
+      inputs: ``[T, ..., D]``.
+      first: the hidden state before the first step.
+      hidden: that of every step ``[T, ..., H]``.
+      local: derivatives of every step.
+      controls: what happens to the carry around each step.
+      severed: where nothing passes from a step to those before it, bool ``[T, ...]``; None for nowhere.
+    """
+
+    params: CellParams
+    inputs: Array
+    first: Array
+    hidden: Array
+    local: LocalDerivatives
+    controls: Controls
+    severed: Array | None
+
+    def before(self, reverse: bool) -> Array:
+        """Returns the hidden state that each step starts from."""
+        hidden, first = self.hidden, self.first[None]
+        before = jnp.concatenate([hidden[1:], first] if reverse else [first, hidden[:-1]])
+        return self.controls.enter(before, jnp.zeros_like(before))
+
+    def batch_axes(self) -> Any:
+        """Returns before which axis of each array a batch axis may be put; −1 for the weights."""
+        axes = jax.tree.map(lambda _: 1, self)
+        return dataclasses.replace(axes, params=jax.tree.map(lambda _: -1, self.params), first=0)
+
+
+def tangents(reverse: bool, of: Linearisation, moved: Sequence) -> tuple[list[Array], Array]:
+    """Returns the tangents of the last carry and of the hidden states."""
+    transposed, active = jnp.transpose(of.params.recurrent_kernel, (1, 2, 0)), of.controls.active
+
+    def step(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
+        local, active, severed, projected, perturbations = xs
+        start = carry if severed is None else where(severed, jax.tree.map(jnp.zeros_like, carry), carry)
+        recurrent = jnp.tensordot(start[0], transposed, axes=((-1,), (2,)), preferred_element_type=start[0].dtype)
+        if projected[0] is not None:
+            recurrent += projected[0]
+        after = local.times(start, recurrent, projected[1])
+        after = perturbed(after, perturbations)
+        if active is not None:
+            after = where(active, after, carry)
+        return after, after[0]
+
+    def chunk(carry: list[Array], xs: Any) -> tuple[list[Array], Array]:
+        inputs, before, local, active, severed, moved_inputs, perturbations = xs
+        projected = _projected(of.params, moved.params, inputs, moved_inputs, before, local.summed)
+        return jax.lax.scan(step, carry, (local, active, severed, projected, perturbations), reverse=reverse)
+
+    xs = (of.inputs, of.before(reverse), of.local, active, of.severed, moved.inputs, moved.perturbations)
+    return scan_chunks(chunk, moved.carry, xs, chunk_size(of.params, of.inputs), reverse=reverse)
+
+
+def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[Array], Array]) -> Any:
+    """Returns the cotangents of what ``tangents`` takes, None where ``wanted`` is.
+
+    Each step leaves dz where its K was, for the matmuls that give the gradients of the weights after the last.
+    """
+    last, of_hidden = given
+    kernel = of.params.recurrent_kernel
+    transposed = jnp.transpose(kernel, (1, 2, 0)).reshape(-1, kernel.shape[0])
+    stored = bool(jax.tree.leaves((wanted.params, wanted.inputs)))
+    flat = [x.reshape(*x.shape[:-2], -1) for x in of.local.by_gate]
+    local = dataclasses.replace(of.local, by_gate=())
+
+    def step(carry: list[Array], xs: Any, rows: Any) -> tuple[list[Array], Any]:
+        of_hidden, active, severed, local, flat = xs
+        if stored:
+            flat, local = [rows[0][0], *flat], dataclasses.replace(local, by_input=rows[0][1])
+        carry = [carry[0] + of_hidden, *carry[1:]]
+        zeros = jax.tree.map(jnp.zeros_like, carry)
+        after = carry if active is None else where(active, carry, zeros)
+        old, recurrent, inputs = local.transpose_times(after, flat)
+        to_hidden = jnp.tensordot(recurrent, transposed, 1, preferred_element_type=carry[0].dtype)
+        old = [to_hidden if old[0] is None else old[0] + to_hidden, *old[1:]]
+        before = [zero if x is None else x for x, zero in zip(old, zeros, strict=True)]
+        if severed is not None:
+            before = where(severed, zeros, before)
+        if active is not None:
+            before = where(active, before, carry)
+        new = (recurrent, _in_place(local.by_input, inputs)) if stored else None
+        return before, (new, after[: len(wanted.perturbations)])
+
+    rows = (flat[0], local.by_input) if stored else None
+    perturbed = to_be_filled(of.inputs.shape[0], [of.first for _ in wanted.perturbations])
+    if stored:
+        flat, local = flat[1:], dataclasses.replace(local, by_input={})
+    xs = (of_hidden, of.controls.active, of.severed, local, flat)
+    carry, (rows, perturbations) = scan_in_place(step, last, xs, (rows, perturbed), reverse=not reverse)
+    params, inputs = wanted.params, None
+    if stored:
+        by_gate = {gate: of_gate for (_, gate), of_gate in sorted(rows[1].items(), reverse=True)}
+        params, inputs = _of_weights(
+            wanted, of, reverse, rows[0].reshape(*rows[0].shape[:-1], *kernel.shape[1:]), by_gate
+        )
+    return dataclasses.replace(wanted, params=params, inputs=inputs, carry=carry, perturbations=perturbations)
+
+
+def _in_place(by_input: dict[tuple[int, int], Array], cotangents: dict[int, Array]) -> dict[tuple[int, int], Array]:
+    """Returns the cotangent of u_g in the first place (i, g) of its derivatives, and the others as they are."""
+    first = {gate: (i, gate) for i, gate in sorted(by_input, reverse=True)}
+    return {place: cotangents[place[1]] if first[place[1]] == place else x for place, x in by_input.items()}
+
+
+def _of_weights(
+    wanted: Any, of: Linearisation, reverse: bool, dz: Array, by_gate: dict[int, Array]
+) -> tuple[Any, Array | None]:
+    """Returns the cotangents of the weights and inputs from that of r ``[T, ..., G, H]`` and, where it differs, of u_g.
+
+    Args:
+      wanted: a ``Sequence`` with None for those to leave out.
+      of: what the scan was.
+      reverse: from the last step to the first.
+      dz: the cotangent of r.
+      by_gate: those of u_g ``[T, ..., H]``, by g, for gates whose u and r are not just added up.
+    """
+    params, kernel = wanted.params, of.params.input_kernel
+    runs = [(own, list(gates)) for own, gates in itertools.groupby(range(dz.shape[-2]), lambda gate: gate in by_gate)]
+    parts = [
+        x for own, gates in runs for x in ([by_gate[g][..., None, :] for g in gates] if own else [_run(dz, gates)])
+    ]
+    inputs, before = (x.astype(kernel.dtype).astype(dz.dtype) for x in (of.inputs, of.before(reverse)))
+    gradients: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(params))
+    if params.input_kernel is not None or params.bias is not None:
+        of_inputs = [_products(inputs, part) for part in parts]
+        gradients["input_kernel"], gradients["bias"] = (
+            jnp.concatenate(pieces, axis=-2) for pieces in zip(*of_inputs, strict=True)
+        )
+    if params.recurrent_kernel is not None or params.recurrent_bias is not None:
+        gradients["recurrent_kernel"], gradients["recurrent_bias"] = _products(before, dz)
+    chosen: Any = {name: None if getattr(params, name) is None else x for name, x in gradients.items()}
+    if wanted.inputs is None:
+        return CellParams(**chosen), None
+    du = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
+    to_inputs = jnp.transpose(kernel, (1, 2, 0))
+    return CellParams(**chosen), jnp.tensordot(du, to_inputs, 2, preferred_element_type=dz.dtype)
+
+
+def _run(array: Array, gates: list[int]) -> Array:
+    return array if len(gates) == array.shape[-2] else array[..., gates[0] : gates[-1] + 1, :]
+
+
+def _products(factor: Array, dz: Array) -> tuple[Array, Array]:
+    """Returns Σ x dz ``[n, G, H]`` and Σ dz ``[G, H]`` over all leading axes, for x ``[..., n]``."""
+    rows, columns = factor.reshape(-1, factor.shape[-1]), dz.reshape(-1, dz.shape[-2] * dz.shape[-1])
+    on_cpu = jax.default_backend() == "cpu"  # elsewhere a matmul may round its factors, and a sum need not
+    products = jnp.tensordot(with_ones(rows) if on_cpu else rows, columns, axes=((0,), (0,)))
+    total = products[-1] if on_cpu else columns.sum(axis=0)
+    shape = dz.shape[-2:]
+    return products[: factor.shape[-1]].reshape(-1, *shape), total.reshape(shape)
+
+
+def _projected(
+    params: CellParams, moved: CellParams, inputs: Array, moved_inputs: Array | None, before: Array, summed: Any
+) -> tuple[Array | None, dict[int, Array]]:
+    """Returns the tangent of r, with that of u where the two are summed, and that of u for every other gate."""
+    inputs, before = (x.astype(params.input_kernel.dtype).astype(x.dtype) for x in (inputs, before))
+    shape = (*before.shape[:-1], *params.bias.shape)
+    from_inputs = [] if moved.input_kernel is None else [jnp.tensordot(inputs, moved.input_kernel, 1)]
+    if moved_inputs is not None:
+        from_inputs.append(jnp.tensordot(moved_inputs, params.input_kernel, 1, preferred_element_type=before.dtype))
+    if moved.bias is not None:
+        from_inputs.append(jnp.broadcast_to(moved.bias, shape))
+    recurrent = [] if moved.recurrent_kernel is None else [jnp.tensordot(before, moved.recurrent_kernel, 1)]
+    if moved.recurrent_bias is not None:
+        recurrent.append(jnp.broadcast_to(moved.recurrent_bias, shape))
+    if from_inputs:
+        total = functools.reduce(jnp.add, from_inputs)
+        recurrent.append(total if all(summed) else only_gates(total, summed))
+        alone = {gate: total[..., gate, :] for gate, is_summed in enumerate(summed) if not is_summed}
+    return (functools.reduce(jnp.add, recurrent) if recurrent else None), (alone if from_inputs else {})
+
+
+def perturbed(carry: list[Array], perturbations: list[Any]) -> list[Array]:
+    """Returns the carry with perturbations, None for zero, added to its first leaves."""
+    added = [leaf if p is None else leaf + p for leaf, p in zip(carry, perturbations, strict=False)]
+    return added + carry[len(added) :]
+
+
+def chunk_size(params: CellParams, inputs: Array) -> int:
+    """Returns how many steps a chunk has: all where there is one gate, with little to keep in the cache."""
+    if jax.default_backend() != "cpu" or params.bias.shape[0] == 1:
+        return inputs.shape[0]
+    num_steps = inputs.shape[0]
+    step = params.bias.size * inputs[0, ..., 0].size * params.bias.dtype.itemsize
+    size = max(4, min(64, _CHUNK_BYTES // max(step, 1)))
+    # A chunk that is left over has its results copied.
+    even = [number for number in range(size // 2, 2 * size) if num_steps % number == 0]
+    return min(even, key=lambda number: abs(number - size), default=size)
