@@ -23,7 +23,7 @@ def linear_map(
     """Returns ``function(residuals, tangents)``, which reverse mode transposes by ``transpose``.
 
     Derivatives of either by the residuals, and so second derivatives, are those of ``function`` and of its transpose as
-    JAX derives it.
+    JAX derives it. So is what ``vmap`` makes of them, unless the mapped axis can be one more batch axis.
 
     Args:
       function: linear in the tangents.
@@ -164,8 +164,8 @@ def _batch(args: Arrays, dims: Sequence[int | None], *, pair: _Pair) -> tuple[li
     _, moved_dims = pair.split(dims)
     moved = [_placed(*entry, 0, size) for entry in zip(moved, moved_dims, strict=True)]
     over_all = _Pair(
-        function=jax.vmap(pair.function, (residual_dims, 0)),
-        transpose=jax.vmap(pair.transpose, (residual_dims, 0)),
+        function=jax.vmap(pair.derived, (residual_dims, 0)),
+        transpose=jax.vmap(pair.transposed().derived, (residual_dims, 0)),
         tangents=_widened(pair.tangents, [0] * len(pair.tangents), size),
         outputs=_widened(pair.outputs, [0] * len(pair.outputs), size),
         residual_axes=(-1,) * len(pair.residual_axes),

@@ -113,9 +113,12 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
     flat = [x.reshape(*x.shape[:-2], -1) for x in of.local.by_gate]
     local = dataclasses.replace(of.local, by_gate=())
 
+    # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
+    in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
+
     def step(carry: list[Array], xs: Any, rows: Any) -> tuple[list[Array], Any]:
         of_hidden, active, severed, local, flat = xs
-        if stored:
+        if in_place:
             flat, local = [rows[0][0], *flat], dataclasses.replace(local, by_input=rows[0][1])
         carry = [carry[0] + of_hidden, *carry[1:]]
         zeros = jax.tree.map(jnp.zeros_like, carry)
@@ -133,8 +136,10 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
 
     rows = (flat[0], local.by_input) if stored else None
     perturbed = to_be_filled(of.inputs.shape[0], [of.first for _ in wanted.perturbations])
-    if stored:
+    if in_place:
         flat, local = flat[1:], dataclasses.replace(local, by_input={})
+    elif stored:
+        rows = to_be_filled(of.inputs.shape[0], jax.tree.map(lambda x: x[0], rows))
     xs = (of_hidden, of.controls.active, of.severed, local, flat)
     carry, (rows, perturbations) = scan_in_place(step, last, xs, (rows, perturbed), reverse=not reverse)
     params, inputs = wanted.params, None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +250,23 @@ def test_the_backward_scan_accumulates_no_gradient_of_a_weight():
     assert len(carried) == 2
     for shapes in carried:
         assert {shape for shape in shapes if shape[:1] != (T,)} == {(B, H), ()}, shapes
+
+
+@pytest.mark.slow  # compiled as for users: with `XLA_FLAGS=`
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 3), (1, 3)])
+@pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "one unit"])
+def test_no_step_copies_the_rows_of_all_steps(name, shape):
+    """A loop that copied them would take a time that grows with the square of the length."""
+    steps = 97
+    cell = rnnjax.GRUCell(1) if name == "one unit" else dataclasses.replace(CELLS[name], hidden_size=16)
+    params = cell.init(jax.random.key(0), D)
+    gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x)[1] ** 2), argnums=(0, 1))
+    program = jax.jit(gradient).lower(params, jnp.ones((steps, *shape, D))).compile().as_text()
+    computations = re.split(r"\n(?=%|ENTRY)", program)
+    bodies = set(re.findall(r"body=(%[\w.\-]+)", program))
+    inside = [c for c in computations if c.split(" ")[0] in bodies]
+    assert len(inside) >= 2
+    assert not [line for c in inside for line in c.splitlines() if re.search(rf"\[{steps},\S* copy\(", line)]
 
 
 def _scans(jaxpr):
