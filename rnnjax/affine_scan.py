@@ -59,7 +59,7 @@ def scan_affine(
     cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
 ) -> tuple[list[Array], Array]:
     """Returns the last carry, leaf by leaf, and the hidden state of every step ``[T, ..., H]``."""
-    params, step = settings.rounded(sequence.params), _step(cell, settings, False, sequence)
+    params, step = settings.rounded(sequence.params), _step(cell, settings, sequence, derivatives=False)
 
     def chunk(carry: list[Array], xs: Any) -> Any:
         inputs, *others = xs
@@ -70,8 +70,11 @@ def scan_affine(
     return last, _mapped_axis_first(hidden)
 
 
-def _step(cell: AffineCell, settings: ScanSettings, derivatives: bool, sequence: Sequence) -> Any:
-    """Returns the step that takes the carry with the input pre-activation, controls and perturbations."""
+def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, derivatives: bool) -> Any:
+    """Returns the step that takes the carry with the input pre-activation, controls and perturbations.
+
+    It returns the new carry, the hidden state and its local derivatives, or None for those.
+    """
     params, shape, dtype = settings.rounded(sequence.params), sequence.carry[0].shape, sequence.carry[0].dtype
     program = PointwiseProgram(cell, shape, dtype, exact=False)
     initial = jax.tree.leaves(cell.initialize_carry(shape[:-1], dtype))
@@ -107,7 +110,7 @@ def _forward(
 
     K takes the place of the input pre-activations, which no later step reads.
     """
-    step = _step(cell, settings, True, sequence)
+    step = _step(cell, settings, sequence, derivatives=True)
 
     def step_in_place(carry: list[Array], xs: Any, rows: tuple[Array, Any]) -> tuple[list[Array], tuple[Array, Any]]:
         carry, (hidden, local) = step(carry, (rows[0], *xs))

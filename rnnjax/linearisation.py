@@ -104,51 +104,58 @@ def tangents(reverse: bool, of: Linearisation, moved: Sequence) -> tuple[list[Ar
 def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[Array], Array]) -> Any:
     """Returns the cotangents of what ``tangents`` takes, None where ``wanted`` is.
 
-    Each step leaves dz where its K was, for the matmuls that give the gradients of the weights after the last.
+    Each step leaves dz for the matmuls that give the gradients of the weights after the last; where K was, if it can.
     """
     last, of_hidden = given
-    kernel = of.params.recurrent_kernel
-    transposed = jnp.transpose(kernel, (1, 2, 0)).reshape(-1, kernel.shape[0])
+    kernel = jnp.transpose(of.params.recurrent_kernel, (1, 2, 0)).reshape(-1, of.first.shape[-1])
+    num_steps, num_perturbed = of.inputs.shape[0], len(wanted.perturbations)
     stored = bool(jax.tree.leaves((wanted.params, wanted.inputs)))
-    flat = [x.reshape(*x.shape[:-2], -1) for x in of.local.by_gate]
-    local = dataclasses.replace(of.local, by_gate=())
+    first, *others = (x.reshape(*x.shape[:-2], -1) for x in of.local.by_gate)
+    slopes, local = (first, of.local.by_input), dataclasses.replace(of.local, by_gate=(), by_input={})
+
+    def step(carry: list[Array], xs: Any, rows: Any) -> tuple[list[Array], Any]:
+        read, (of_hidden, active, severed, local, others) = xs
+        first, by_input = rows[0] if read is None else read
+        local = dataclasses.replace(local, by_input=by_input)
+        carry = [carry[0] + of_hidden, *carry[1:]]
+        before, after, recurrent, inputs = _before(kernel, carry, active, severed, local, [first, *others])
+        new = (recurrent, _in_place(by_input, inputs)) if stored else None
+        return before, (new, after[:num_perturbed])
 
     # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
     in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
-
-    def step(carry: list[Array], xs: Any, rows: Any) -> tuple[list[Array], Any]:
-        of_hidden, active, severed, local, flat = xs
-        if in_place:
-            flat, local = [rows[0][0], *flat], dataclasses.replace(local, by_input=rows[0][1])
-        carry = [carry[0] + of_hidden, *carry[1:]]
-        zeros = jax.tree.map(jnp.zeros_like, carry)
-        after = carry if active is None else where(active, carry, zeros)
-        old, recurrent, inputs = local.transpose_times(after, flat)
-        to_hidden = jnp.tensordot(recurrent, transposed, 1, preferred_element_type=carry[0].dtype)
-        old = [to_hidden if old[0] is None else old[0] + to_hidden, *old[1:]]
-        before = [zero if x is None else x for x, zero in zip(old, zeros, strict=True)]
-        if severed is not None:
-            before = where(severed, zeros, before)
-        if active is not None:
-            before = where(active, before, carry)
-        new = (recurrent, _in_place(local.by_input, inputs)) if stored else None
-        return before, (new, after[: len(wanted.perturbations)])
-
-    rows = (flat[0], local.by_input) if stored else None
-    perturbed = to_be_filled(of.inputs.shape[0], [of.first for _ in wanted.perturbations])
-    if in_place:
-        flat, local = flat[1:], dataclasses.replace(local, by_input={})
-    elif stored:
-        rows = to_be_filled(of.inputs.shape[0], jax.tree.map(lambda x: x[0], rows))
-    xs = (of_hidden, of.controls.active, of.severed, local, flat)
-    carry, (rows, perturbations) = scan_in_place(step, last, xs, (rows, perturbed), reverse=not reverse)
-    params, inputs = wanted.params, None
-    if stored:
-        by_gate = {gate: of_gate for (_, gate), of_gate in sorted(rows[1].items(), reverse=True)}
-        params, inputs = _of_weights(
-            wanted, of, reverse, rows[0].reshape(*rows[0].shape[:-1], *kernel.shape[1:]), by_gate
-        )
+    to_write = to_be_filled(num_steps, jax.tree.map(lambda x: x[0], slopes)) if stored and not in_place else None
+    rows = (slopes if in_place else to_write, to_be_filled(num_steps, [of.first] * num_perturbed))
+    xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
+    carry, (rows, perturbations) = scan_in_place(step, last, xs, rows, reverse=not reverse)
+    params, inputs = _of_weights(wanted, of, reverse, *rows) if stored else (wanted.params, None)
     return dataclasses.replace(wanted, params=params, inputs=inputs, carry=carry, perturbations=perturbations)
+
+
+def _before(
+    kernel: Array, carry: list[Array], active: Any, severed: Any, local: LocalDerivatives, by_gate: list[Array]
+) -> tuple[list[Array], list[Array], Array, dict[int, Array]]:
+    """Returns the cotangents of one step: of the carry before, of what the step computed, of r ``[..., G·H]``, of u_g.
+
+    Args:
+      kernel: Uᵀ ``[G·H, H]``.
+      carry: the cotangent of the carry after the step.
+      active: where the step was taken; None for everywhere.
+      severed: where nothing passes to the step before; None for nowhere.
+      local: the derivatives of the step but for those by r.
+      by_gate: those ``[..., G·H]``.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, carry)
+    after = carry if active is None else where(active, carry, zeros)
+    old, recurrent, inputs = local.transpose_times(after, by_gate)
+    to_hidden = jnp.tensordot(recurrent, kernel, 1, preferred_element_type=carry[0].dtype)
+    old = [to_hidden if old[0] is None else old[0] + to_hidden, *old[1:]]
+    before = [zero if x is None else x for x, zero in zip(old, zeros, strict=True)]
+    if severed is not None:
+        before = where(severed, zeros, before)
+    if active is not None:
+        before = where(active, before, carry)
+    return before, after, recurrent, inputs
 
 
 def _in_place(by_input: dict[tuple[int, int], Array], cotangents: dict[int, Array]) -> dict[tuple[int, int], Array]:
@@ -158,18 +165,20 @@ def _in_place(by_input: dict[tuple[int, int], Array], cotangents: dict[int, Arra
 
 
 def _of_weights(
-    wanted: Any, of: Linearisation, reverse: bool, dz: Array, by_gate: dict[int, Array]
+    wanted: Any, of: Linearisation, reverse: bool, of_recurrent: Array, by_input: dict[tuple[int, int], Array]
 ) -> tuple[Any, Array | None]:
-    """Returns the cotangents of the weights and inputs from that of r ``[T, ..., G, H]`` and, where it differs, of u_g.
+    """Returns the cotangents of the weights and inputs from that of r and, where it differs, of u_g.
 
     Args:
       wanted: a ``Sequence`` with None for those to leave out.
       of: what the scan was.
       reverse: from the last step to the first.
-      dz: the cotangent of r.
-      by_gate: those of u_g ``[T, ..., H]``, by g, for gates whose u and r are not just added up.
+      of_recurrent: the cotangent of r ``[T, ..., G·H]``.
+      by_input: for gates whose u and r are not just added up, that of u_g ``[T, ..., H]`` in the first place (i, g).
     """
     params, kernel = wanted.params, of.params.input_kernel
+    dz = of_recurrent.reshape(*of_recurrent.shape[:-1], *of.params.recurrent_kernel.shape[1:])
+    by_gate = {gate: of_gate for (_, gate), of_gate in sorted(by_input.items(), reverse=True)}
     runs = [(own, list(gates)) for own, gates in itertools.groupby(range(dz.shape[-2]), lambda gate: gate in by_gate)]
     parts = [
         x for own, gates in runs for x in ([by_gate[g][..., None, :] for g in gates] if own else [_run(dz, gates)])
