@@ -11,7 +11,7 @@ import pytest
 
 import rnnjax
 from rnnjax import linearisation
-from rnnjax.cells import AffineCell
+from rnnjax.cells import AffineCell, base
 from rnnjax.chunks import scan_chunks, scan_in_place
 from rnnjax.pointwise import PointwiseProgram
 
@@ -125,6 +125,19 @@ def test_value_and_gradient(name, dtype):
         tolerance = 1e-12 if dtype == np.float64 else 1e-6
         agree(ours(*arguments), theirs(*arguments), tolerance)
         agree(*(jax.grad(f, argnums=(0, 1, 2))(*arguments) for f in (ours, theirs)), tolerance)
+
+
+@pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "tangled"])
+def test_the_way_that_other_devices_go_leads_to_the_same(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for module in (base, linearisation):
+        monkeypatch.setattr(module, "with_ones", None)  # no bias is a row of the input matrix
+    jax.clear_caches()
+    with jax.enable_x64():
+        (ours, theirs), arguments = losses(name)
+        agree(*(jax.value_and_grad(f, argnums=(0, 1, 2))(*arguments) for f in (ours, theirs)), 1e-12)
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 @EVERY_CELL
