@@ -112,18 +112,27 @@ def _forward(
     """
     step = _step(cell, settings, sequence, derivatives=True)
 
-    def step_in_place(carry: list[Array], xs: Any, rows: tuple[Array, Any]) -> tuple[list[Array], tuple[Array, Any]]:
-        carry, (hidden, local) = step(carry, (rows[0], *xs))
-        return carry, (local.by_gate[0], (hidden, dataclasses.replace(local, by_gate=local.by_gate[1:])))
+    def with_gates(flat: Array) -> Array:
+        return flat.reshape(*flat.shape[:-1], cell.num_gates, -1)
 
-    from_inputs = cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs)
+    def without_gates(array: Array) -> Array:
+        return array.reshape(*array.shape[:-2], -1)
+
+    def step_in_place(carry: list[Array], xs: Any, rows: tuple[Array, Any]) -> tuple[list[Array], tuple[Array, Any]]:
+        carry, (hidden, local) = step(carry, (with_gates(rows[0]), *xs))
+        first, *by_gate = local.by_gate
+        return carry, (without_gates(first), (hidden, dataclasses.replace(local, by_gate=tuple(by_gate))))
+
+    # XLA copies the array that a loop starts from where it has an axis of one gate.
+    from_inputs = without_gates(cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs))
     others = (controls, sequence.perturbations)
     first = jax.tree.map(lambda x: x[0], (others, (from_inputs, None)))
     _, (_, like) = jax.eval_shape(step_in_place, sequence.carry, *first)
     rows = (from_inputs, to_be_filled(len(from_inputs), like))
     last, rows = scan_in_place(step_in_place, sequence.carry, others, rows, reverse=settings.reverse)
     by_gate, (hidden, local) = rows
-    return last, (_mapped_axis_first(hidden), dataclasses.replace(local, by_gate=(by_gate, *local.by_gate)))
+    local = dataclasses.replace(local, by_gate=(with_gates(by_gate), *local.by_gate))
+    return last, (_mapped_axis_first(hidden), local)
 
 
 @functools.partial(scan_affine.defjvp, symbolic_zeros=True)

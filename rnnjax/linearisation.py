@@ -190,8 +190,10 @@ def _of_weights(
         gradients["input_kernel"], gradients["bias"] = (
             jnp.concatenate(pieces, axis=-2) for pieces in zip(*of_inputs, strict=True)
         )
-    if params.recurrent_kernel is not None or params.recurrent_bias is not None:
+    if params.recurrent_bias is not None:
         gradients["recurrent_kernel"], gradients["recurrent_bias"] = _products(before, dz)
+    elif params.recurrent_kernel is not None:
+        gradients["recurrent_kernel"] = _outer(before, dz)
     chosen: Any = {name: None if getattr(params, name) is None else x for name, x in gradients.items()}
     if wanted.inputs is None:
         return CellParams(**chosen), None
@@ -206,12 +208,16 @@ def _run(array: Array, gates: list[int]) -> Array:
 
 def _products(factor: Array, dz: Array) -> tuple[Array, Array]:
     """Returns Σ x dz ``[n, G, H]`` and Σ dz ``[G, H]`` over all leading axes, for x ``[..., n]``."""
+    if jax.default_backend() != "cpu":  # there a matmul may round its factors, and a sum need not
+        return _outer(factor, dz), dz.sum(axis=tuple(range(dz.ndim - 2)))
+    products = _outer(with_ones(factor), dz)
+    return products[:-1], products[-1]
+
+
+def _outer(factor: Array, dz: Array) -> Array:
+    """Returns Σ x dz ``[n, G, H]`` over all leading axes, for x ``[..., n]``."""
     rows, columns = factor.reshape(-1, factor.shape[-1]), dz.reshape(-1, dz.shape[-2] * dz.shape[-1])
-    on_cpu = jax.default_backend() == "cpu"  # elsewhere a matmul may round its factors, and a sum need not
-    products = jnp.tensordot(with_ones(rows) if on_cpu else rows, columns, axes=((0,), (0,)))
-    total = products[-1] if on_cpu else columns.sum(axis=0)
-    shape = dz.shape[-2:]
-    return products[: factor.shape[-1]].reshape(-1, *shape), total.reshape(shape)
+    return jnp.tensordot(rows, columns, axes=((0,), (0,))).reshape(-1, *dz.shape[-2:])
 
 
 def _projected(

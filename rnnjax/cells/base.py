@@ -260,8 +260,10 @@ def with_ones(x: Array) -> Array:
 
 
 def _matmul(x: Array, kernel: Array, dtype: DType) -> Array:
-    """Returns x times ``[..., G, H]``: factors in the dtype of the kernel, their product in another."""
-    return jnp.tensordot(x.astype(kernel.dtype), kernel, 1, preferred_element_type=dtype)
+    """Returns x times ``[n, G, H]``: factors in the dtype of the kernel, their product in another."""
+    matrix = kernel.reshape(kernel.shape[0], -1)  # for one gate XLA would copy what comes out with an axis of length 1
+    product = jnp.tensordot(x.astype(kernel.dtype), matrix, 1, preferred_element_type=dtype)
+    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def split_gates(preactivation: Array) -> tuple[Array, ...]:
