@@ -111,28 +111,30 @@ def _forward(
     K takes the place of the input pre-activations, which no later step reads.
     """
     step = _step(cell, settings, sequence, derivatives=True)
-
-    def with_gates(flat: Array) -> Array:
-        return flat.reshape(*flat.shape[:-1], cell.num_gates, -1)
-
-    def without_gates(array: Array) -> Array:
-        return array.reshape(*array.shape[:-2], -1)
+    single = cell.num_gates == 1  # an axis of one gate would have XLA copy the rows that the loop starts from
 
     def step_in_place(carry: list[Array], xs: Any, rows: tuple[Array, Any]) -> tuple[list[Array], tuple[Array, Any]]:
-        carry, (hidden, local) = step(carry, (with_gates(rows[0]), *xs))
+        carry, (hidden, local) = step(carry, (_with_gate(rows[0], single), *xs))
         first, *by_gate = local.by_gate
-        return carry, (without_gates(first), (hidden, dataclasses.replace(local, by_gate=tuple(by_gate))))
+        return carry, (_without_gate(first, single), (hidden, dataclasses.replace(local, by_gate=tuple(by_gate))))
 
-    # XLA copies the array that a loop starts from where it has an axis of one gate.
-    from_inputs = without_gates(cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs))
+    from_inputs = _without_gate(cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs), single)
     others = (controls, sequence.perturbations)
     first = jax.tree.map(lambda x: x[0], (others, (from_inputs, None)))
     _, (_, like) = jax.eval_shape(step_in_place, sequence.carry, *first)
     rows = (from_inputs, to_be_filled(len(from_inputs), like))
     last, rows = scan_in_place(step_in_place, sequence.carry, others, rows, reverse=settings.reverse)
     by_gate, (hidden, local) = rows
-    local = dataclasses.replace(local, by_gate=(with_gates(by_gate), *local.by_gate))
+    local = dataclasses.replace(local, by_gate=(_with_gate(by_gate, single), *local.by_gate))
     return last, (_mapped_axis_first(hidden), local)
+
+
+def _without_gate(array: Array, single: bool) -> Array:
+    return array.squeeze(-2) if single else array
+
+
+def _with_gate(array: Array, single: bool) -> Array:
+    return array[..., None, :] if single else array
 
 
 @functools.partial(scan_affine.defjvp, symbolic_zeros=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import flax.struct
@@ -10,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from rnnjax.cells import CellParams
-from rnnjax.cells.base import with_ones
 from rnnjax.chunks import scan_chunks, scan_in_place, to_be_filled
 from rnnjax.controls import Controls, where
 from rnnjax.local_derivatives import LocalDerivatives, only_gates
 from rnnjax.typing import Array
+from rnnjax.weight_gradients import of_weights
 
 _CHUNK_BYTES = 2**20
 """Size of a chunk's pre-activations where they are not kept, so that they stay in a processor's cache."""
@@ -128,7 +127,9 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
     rows = (slopes if in_place else to_write, to_be_filled(num_steps, [of.first] * num_perturbed))
     xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
     carry, (rows, perturbations) = scan_in_place(step, last, xs, rows, reverse=not reverse)
-    params, inputs = _of_weights(wanted, of, reverse, *rows) if stored else (wanted.params, None)
+    params, inputs = (
+        of_weights(wanted, of.params, of.inputs, of.before(reverse), *rows) if stored else (wanted.params, None)
+    )
     return dataclasses.replace(wanted, params=params, inputs=inputs, carry=carry, perturbations=perturbations)
 
 
@@ -162,62 +163,6 @@ def _in_place(by_input: dict[tuple[int, int], Array], cotangents: dict[int, Arra
     """Returns the cotangent of u_g in the first place (i, g) of its derivatives, and the others as they are."""
     first = {gate: (i, gate) for i, gate in sorted(by_input, reverse=True)}
     return {place: cotangents[place[1]] if first[place[1]] == place else x for place, x in by_input.items()}
-
-
-def _of_weights(
-    wanted: Any, of: Linearisation, reverse: bool, of_recurrent: Array, by_input: dict[tuple[int, int], Array]
-) -> tuple[Any, Array | None]:
-    """Returns the cotangents of the weights and inputs from that of r and, where it differs, of u_g.
-
-    Args:
-      wanted: a ``Sequence`` with None for those to leave out.
-      of: what the scan was.
-      reverse: from the last step to the first.
-      of_recurrent: the cotangent of r ``[T, ..., G·H]``.
-      by_input: for gates whose u and r are not just added up, that of u_g ``[T, ..., H]`` in the first place (i, g).
-    """
-    params, kernel = wanted.params, of.params.input_kernel
-    dz = of_recurrent.reshape(*of_recurrent.shape[:-1], *of.params.recurrent_kernel.shape[1:])
-    by_gate = {gate: of_gate for (_, gate), of_gate in sorted(by_input.items(), reverse=True)}
-    runs = [(own, list(gates)) for own, gates in itertools.groupby(range(dz.shape[-2]), lambda gate: gate in by_gate)]
-    parts = [
-        x for own, gates in runs for x in ([by_gate[g][..., None, :] for g in gates] if own else [_run(dz, gates)])
-    ]
-    inputs, before = (x.astype(kernel.dtype).astype(dz.dtype) for x in (of.inputs, of.before(reverse)))
-    gradients: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(params))
-    if params.input_kernel is not None or params.bias is not None:
-        of_inputs = [_products(inputs, part) for part in parts]
-        gradients["input_kernel"], gradients["bias"] = (
-            jnp.concatenate(pieces, axis=-2) for pieces in zip(*of_inputs, strict=True)
-        )
-    if params.recurrent_bias is not None:
-        gradients["recurrent_kernel"], gradients["recurrent_bias"] = _products(before, dz)
-    elif params.recurrent_kernel is not None:
-        gradients["recurrent_kernel"] = _outer(before, dz)
-    chosen: Any = {name: None if getattr(params, name) is None else x for name, x in gradients.items()}
-    if wanted.inputs is None:
-        return CellParams(**chosen), None
-    du = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
-    to_inputs = jnp.transpose(kernel, (1, 2, 0))
-    return CellParams(**chosen), jnp.tensordot(du, to_inputs, 2, preferred_element_type=dz.dtype)
-
-
-def _run(array: Array, gates: list[int]) -> Array:
-    return array if len(gates) == array.shape[-2] else array[..., gates[0] : gates[-1] + 1, :]
-
-
-def _products(factor: Array, dz: Array) -> tuple[Array, Array]:
-    """Returns Σ x dz ``[n, G, H]`` and Σ dz ``[G, H]`` over all leading axes, for x ``[..., n]``."""
-    if jax.default_backend() != "cpu":  # there a matmul may round its factors, and a sum need not
-        return _outer(factor, dz), dz.sum(axis=tuple(range(dz.ndim - 2)))
-    products = _outer(with_ones(factor), dz)
-    return products[:-1], products[-1]
-
-
-def _outer(factor: Array, dz: Array) -> Array:
-    """Returns Σ x dz ``[n, G, H]`` over all leading axes, for x ``[..., n]``."""
-    rows, columns = factor.reshape(-1, factor.shape[-1]), dz.reshape(-1, dz.shape[-2] * dz.shape[-1])
-    return jnp.tensordot(rows, columns, axes=((0,), (0,))).reshape(-1, *dz.shape[-2:])
 
 
 def _projected(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rnnjax
-from rnnjax import linearisation
+from rnnjax import linearisation, weight_gradients
 from rnnjax.cells import AffineCell, base
 from rnnjax.chunks import scan_chunks, scan_in_place
 from rnnjax.pointwise import PointwiseProgram
@@ -130,7 +130,7 @@ def test_value_and_gradient(name, dtype):
 @pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "tangled"])
 def test_the_way_that_other_devices_go_leads_to_the_same(name, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for module in (base, linearisation):
+    for module in (base, weight_gradients):
         monkeypatch.setattr(module, "with_ones", None)  # no bias is a row of the input matrix
     jax.clear_caches()
     with jax.enable_x64():
@@ -138,6 +138,17 @@ def test_the_way_that_other_devices_go_leads_to_the_same(name, monkeypatch):
         agree(*(jax.value_and_grad(f, argnums=(0, 1, 2))(*arguments) for f in (ours, theirs)), 1e-12)
     monkeypatch.undo()
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("narrow", [0, D])
+@pytest.mark.parametrize("name", ["lstm", "gru", "tangled"])
+def test_gradients_of_the_weights_alone(name, narrow, monkeypatch):
+    """Both ways to take gates whose u and r are not just added up."""
+    monkeypatch.setattr(weight_gradients, "_NARROW", narrow)
+    jax.clear_caches()
+    with jax.enable_x64():
+        (ours, theirs), arguments = losses(name)
+        agree(*(jax.grad(f)(*arguments) for f in (ours, theirs)), 1e-12)
 
 
 @EVERY_CELL

@@ -30,6 +30,7 @@ LAYOUT = [
     "rnnjax.local_derivatives",
     "rnnjax.pointwise",
     "rnnjax.linear_maps",
+    "rnnjax.weight_gradients",
     "rnnjax.linearisation",
     "rnnjax.affine_scan",
     "rnnjax.unroll",

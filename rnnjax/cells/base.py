@@ -204,18 +204,15 @@ class AffineCell(Cell):
     def prepare_inputs(self, params: CellParams, inputs: Array) -> Array:
         """Returns the input pre-activation u = x W + b, ``[..., G, H]``, in one matmul for all leading axes."""
         kernel, bias = params.input_kernel, params.bias
-        if jax.default_backend() == "cpu" and kernel.dtype == bias.dtype:
-            # With b as one more row of W, the result is written once. Elsewhere a matmul may round its factors.
-            return _matmul(with_ones(inputs.astype(kernel.dtype)), jnp.concatenate([kernel, bias[None]]), bias.dtype)
-        projected = _matmul(inputs, kernel, bias.dtype)
-        return projected + jnp.broadcast_to(bias, projected.shape)
+        if jax.default_backend() != "cpu" or kernel.dtype != bias.dtype:
+            return _affine(inputs, kernel, bias, bias.dtype)
+        # With b as one more row of W, the result is written once. Elsewhere a matmul may round its factors.
+        rows = jnp.concatenate([kernel.reshape(kernel.shape[0], -1), bias.reshape(1, -1)])
+        return _affine(with_ones(inputs.astype(kernel.dtype)), rows.reshape(-1, *bias.shape), None, bias.dtype)
 
     def recurrent_preactivation(self, params: CellParams, hidden: Array) -> Array:
         """Returns r = h U + b_r, ``[..., G, H]``."""
-        projected = _matmul(hidden, params.recurrent_kernel, params.bias.dtype)
-        if params.recurrent_bias is None:
-            return projected
-        return projected + jnp.broadcast_to(params.recurrent_bias, projected.shape)
+        return _affine(hidden, params.recurrent_kernel, params.recurrent_bias, params.bias.dtype)
 
     def step(self, params: CellParams, carry: Carry, prepared: Array) -> tuple[Carry, Array]:
         """Returns the next carry and its hidden state, from the input pre-activation ``[..., G, H]``."""
@@ -259,10 +256,12 @@ def with_ones(x: Array) -> Array:
     return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
 
 
-def _matmul(x: Array, kernel: Array, dtype: DType) -> Array:
-    """Returns x times ``[n, G, H]``: factors in the dtype of the kernel, their product in another."""
-    matrix = kernel.reshape(kernel.shape[0], -1)  # for one gate XLA would copy what comes out with an axis of length 1
+def _affine(x: Array, kernel: Array, bias: Array | None, dtype: DType) -> Array:
+    """Returns x times ``[n, G, H]`` plus ``[G, H]``: factors in the dtype of the kernel, their product in another."""
+    matrix = kernel.reshape(kernel.shape[0], -1)
     product = jnp.tensordot(x.astype(kernel.dtype), matrix, 1, preferred_element_type=dtype)
+    if bias is not None:
+        product += jnp.broadcast_to(bias.reshape(-1), product.shape)
     return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 

@@ -1,0 +1,88 @@
+"""The gradients of the weights of a cell, a product of matrices each, from the cotangents of its pre-activations."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnnjax.cells import CellParams
+from rnnjax.cells.base import with_ones
+from rnnjax.typing import Array
+
+_NARROW = 128
+"""How many features inputs may have for one product with the cotangents of all r, where only some gates' are of u."""
+
+
+def of_weights(
+    wanted: Any,
+    params: CellParams,
+    inputs: Array,
+    before: Array,
+    of_recurrent: Array,
+    by_input: dict[tuple[int, int], Array],
+) -> tuple[Any, Array | None]:
+    """Returns the cotangents of the weights and inputs from that of r and, where it differs, of u_g.
+
+    Args:
+      wanted: has ``params`` and ``inputs``, None for those to leave out.
+      params: the weights.
+      inputs: ``[T, ..., D]``.
+      before: the hidden state that each step started from ``[T, ..., H]``.
+      of_recurrent: the cotangent of r ``[T, ..., G·H]``.
+      by_input: for gates whose u and r are not just added up, that of u_g ``[T, ..., H]`` in the first place (i, g).
+    """
+    dz = of_recurrent.reshape(*of_recurrent.shape[:-1], *params.recurrent_kernel.shape[1:])
+    by_gate = {gate: of_gate for (_, gate), of_gate in sorted(by_input.items(), reverse=True)}
+    inputs, before = (x.astype(params.input_kernel.dtype).astype(dz.dtype) for x in (inputs, before))
+    # Where inputs are narrow, a product for a gate too many costs less than an array of the cotangents of all u.
+    narrow = wanted.inputs is None and inputs.shape[-1] <= _NARROW
+    du = None if narrow else _with_gates(dz, by_gate)
+    gradients: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(params))
+    if any(x is not None for x in (wanted.params.input_kernel, wanted.params.bias, wanted.params.recurrent_bias)):
+        gradients |= _of_input_weights(inputs, dz, du, by_gate)
+    if wanted.params.recurrent_kernel is not None:
+        gradients["recurrent_kernel"] = _outer(before, dz)
+    chosen: Any = {name: None if getattr(wanted.params, name) is None else x for name, x in gradients.items()}
+    if wanted.inputs is None or du is None:
+        return CellParams(**chosen), None
+    to_inputs = jnp.transpose(params.input_kernel, (1, 2, 0))
+    return CellParams(**chosen), jnp.tensordot(du, to_inputs, 2, preferred_element_type=dz.dtype)
+
+
+def _of_input_weights(inputs: Array, dz: Array, du: Array | None, by_gate: dict[int, Array]) -> dict[str, Array]:
+    """Returns the cotangents of the input kernel and of both biases."""
+    kernel, total = _products(inputs, dz if du is None else du)
+    other = total
+    for gate, of_gate in by_gate.items():
+        if du is None:
+            of_kernel, of_bias = _products(inputs, of_gate[..., None, :])
+            kernel = kernel.at[:, gate].set(of_kernel[:, 0])
+        else:
+            of_bias = dz[..., gate : gate + 1, :].sum(axis=tuple(range(dz.ndim - 2)))
+        other = other.at[gate].set(of_bias[0])
+    bias, recurrent_bias = (other, total) if du is None else (total, other)
+    return {"input_kernel": kernel, "bias": bias, "recurrent_bias": recurrent_bias}
+
+
+def _with_gates(dz: Array, by_gate: dict[int, Array]) -> Array:
+    """Returns ``[..., G, H]`` with some gates replaced."""
+    gates = [by_gate[g][..., None, :] if g in by_gate else dz[..., g : g + 1, :] for g in range(dz.shape[-2])]
+    return jnp.concatenate(gates, axis=-2) if by_gate else dz
+
+
+def _products(factor: Array, dz: Array) -> tuple[Array, Array]:
+    """Returns Σ x dz ``[n, G, H]`` and Σ dz ``[G, H]`` over all leading axes, for x ``[..., n]``."""
+    if jax.default_backend() != "cpu":  # there a matmul may round its factors, and a sum need not
+        return _outer(factor, dz), dz.sum(axis=tuple(range(dz.ndim - 2)))
+    products = _outer(with_ones(factor), dz)
+    return products[:-1], products[-1]
+
+
+def _outer(factor: Array, dz: Array) -> Array:
+    """Returns Σ x dz ``[n, G, H]`` over all leading axes, for x ``[..., n]``."""
+    columns = dz.reshape(*dz.shape[:-2], -1)
+    if jax.default_backend() == "cpu":  # over several axes XLA would transpose the factor first
+        factor, columns = (x.reshape(-1, x.shape[-1]) for x in (factor, columns))
+    axes = tuple(range(factor.ndim - 1))
+    return jnp.tensordot(factor, columns, axes=(axes, axes)).reshape(-1, *dz.shape[-2:])
