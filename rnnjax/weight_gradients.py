@@ -52,17 +52,14 @@ def of_weights(
 
 def _of_input_weights(inputs: Array, dz: Array, du: Array | None, by_gate: dict[int, Array]) -> dict[str, Array]:
     """Returns the cotangents of the input kernel and of both biases."""
-    kernel, total = _products(inputs, dz if du is None else du)
-    other = total
+    products = _products(inputs, dz if du is None else du)
+    recurrent_bias = products[-1]
     for gate, of_gate in by_gate.items():
         if du is None:
-            of_kernel, of_bias = _products(inputs, of_gate[..., None, :])
-            kernel = kernel.at[:, gate].set(of_kernel[:, 0])
+            products = products.at[:, gate].set(_products(inputs, of_gate[..., None, :])[:, 0])
         else:
-            of_bias = dz[..., gate : gate + 1, :].sum(axis=tuple(range(dz.ndim - 2)))
-        other = other.at[gate].set(of_bias[0])
-    bias, recurrent_bias = (other, total) if du is None else (total, other)
-    return {"input_kernel": kernel, "bias": bias, "recurrent_bias": recurrent_bias}
+            recurrent_bias = recurrent_bias.at[gate].set(dz[..., gate, :].sum(axis=tuple(range(dz.ndim - 2))))
+    return {"input_kernel": products[:-1], "bias": products[-1], "recurrent_bias": recurrent_bias}
 
 
 def _with_gates(dz: Array, by_gate: dict[int, Array]) -> Array:
@@ -71,12 +68,12 @@ def _with_gates(dz: Array, by_gate: dict[int, Array]) -> Array:
     return jnp.concatenate(gates, axis=-2) if by_gate else dz
 
 
-def _products(factor: Array, dz: Array) -> tuple[Array, Array]:
-    """Returns Σ x dz ``[n, G, H]`` and Σ dz ``[G, H]`` over all leading axes, for x ``[..., n]``."""
-    if jax.default_backend() != "cpu":  # there a matmul may round its factors, and a sum need not
-        return _outer(factor, dz), dz.sum(axis=tuple(range(dz.ndim - 2)))
-    products = _outer(with_ones(factor), dz)
-    return products[:-1], products[-1]
+def _products(factor: Array, dz: Array) -> Array:
+    """Returns Σ x dz over all leading axes and, last, Σ dz ``[n + 1, G, H]``, for x ``[..., n]``."""
+    if jax.default_backend() == "cpu":
+        return _outer(with_ones(factor), dz)
+    # Elsewhere a matmul may round its factors, and a sum need not.
+    return jnp.concatenate([_outer(factor, dz), dz.sum(axis=tuple(range(dz.ndim - 2)))[None]])
 
 
 def _outer(factor: Array, dz: Array) -> Array:
