@@ -293,6 +293,17 @@ def test_no_step_copies_the_rows_of_all_steps(name, shape):
     assert not [line for c in inside for line in c.splitlines() if re.search(rf"\[{steps},\S* copy\(", line)]
 
 
+@pytest.mark.slow  # compiled as for users
+@pytest.mark.parametrize("name", ["tanh", "gru", "lstm"])
+def test_the_rows_of_all_steps_are_not_copied_before_a_loop(name):
+    steps, cell = 97, dataclasses.replace(CELLS[name], hidden_size=16)
+    params = cell.init(jax.random.key(0), D)
+    gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x)[1] ** 2))
+    program = jax.jit(gradient).lower(params, jnp.ones((steps, 2, D))).compile().as_text()
+    assert f"[{steps},2," in program
+    assert not re.search(rf"copy[\w.]* = \S*\[{steps},2,", program)
+
+
 def _scans(jaxpr):
     """Yields the length of each scan, with the shapes of what it carries."""
     for eqn in jaxpr.eqns:
