@@ -65,7 +65,25 @@ class TwinCell(AffineCell):
         return hidden, hidden, jnp.ones_like(carry[2])
 
 
+@dataclasses.dataclass(frozen=True)
+class ForkedCell(AffineCell):
+    """One gate that reaches two carries, its u apart from its r, and one carry that is kept in two."""
+
+    num_gates = 1
+    has_recurrent_bias = True
+
+    @property
+    def num_carries(self):
+        return 4
+
+    def pointwise(self, carry, input_preactivation, recurrent_preactivation):
+        _, c, d, e = carry
+        u, r = input_preactivation[0], recurrent_preactivation[0]
+        return jnp.tanh(u * r) + 0.2 * d * e, jnp.sin(u + 0.5 * r**2), c, c
+
+
 CELLS = {
+    "forked": ForkedCell(H),
     "surrogate": rnnjax.VanillaCell(H, activation=surrogate),
     "twin": TwinCell(H),
     "tanh": rnnjax.VanillaCell(H),
@@ -141,7 +159,7 @@ def test_the_way_that_other_devices_go_leads_to_the_same(name, monkeypatch):
 
 
 @pytest.mark.parametrize("narrow", [0, D])
-@pytest.mark.parametrize("name", ["lstm", "gru", "tangled"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "tangled", "forked"])
 def test_gradients_of_the_weights_alone(name, narrow, monkeypatch):
     """Both ways to take gates whose u and r are not just added up."""
     monkeypatch.setattr(weight_gradients, "_NARROW", narrow)
