@@ -120,7 +120,7 @@ def _forward(
 
     from_inputs = _without_gate(cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs), single)
     others = (controls, sequence.perturbations)
-    first = jax.tree.map(lambda x: x[0], (others, (from_inputs, None)))
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (others, (from_inputs, None)))
     _, (_, like) = jax.eval_shape(step_in_place, sequence.carry, *first)
     rows = (from_inputs, to_be_filled(len(from_inputs), like))
     last, rows = scan_in_place(step_in_place, sequence.carry, others, rows, reverse=settings.reverse)
@@ -150,6 +150,7 @@ def _jvp(
         settings.rounded(sequence.params),
         sequence.inputs,
         sequence.carry[0],
+        jax.tree.leaves(cell.initialize_carry(hidden.shape[1:-1], hidden.dtype))[0],
         hidden,
         local,
         controls,

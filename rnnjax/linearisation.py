@@ -49,6 +49,7 @@ class Linearisation:
       params: the weights, kernels in the dtype to multiply in.
       inputs: ``[T, ..., D]``.
       first: the hidden state before the first step.
+      initial: that after a reset.
       hidden: that of every step ``[T, ..., H]``.
       local: derivatives of every step.
       controls: what happens to the carry around each step.
@@ -58,21 +59,32 @@ class Linearisation:
     params: CellParams
     inputs: Array
     first: Array
+    initial: Array
     hidden: Array
     local: LocalDerivatives
     controls: Controls
     severed: Array | None
 
-    def before(self, reverse: bool) -> Array:
-        """Returns the hidden state that each step starts from."""
-        hidden, first = self.hidden, self.first[None]
-        before = jnp.concatenate([hidden[1:], first] if reverse else [first, hidden[:-1]])
-        return self.controls.enter(before, jnp.zeros_like(before))
+    def before(self, reverse: bool, after: Array | None = None) -> Array:
+        """Returns the hidden state that each step starts from.
+
+        Args:
+          reverse: whether the last step comes first.
+          after: what has to be there before it is made. XLA would copy the states as early as it can, and hold two
+            arrays of them through the backward scan. It goes by the data alone: barriers do not keep it from that.
+        """
+        first, start = self.first[None], int(reverse)
+        if after is not None and after.size:
+            number = after.reshape(-1)[0]
+            start += ((number != number) & (number == number)).astype(int)  # 0, but XLA does not see that
+        others = jax.lax.dynamic_slice_in_dim(self.hidden, start, len(self.hidden) - 1, allow_negative_indices=False)
+        before = jnp.concatenate([others, first] if reverse else [first, others])
+        return self.controls.enter(before, jnp.broadcast_to(self.initial, before.shape))
 
     def batch_axes(self) -> Any:
         """Returns before which axis of each array a batch axis may be put; −1 for the weights."""
         axes = jax.tree.map(lambda _: 1, self)
-        return dataclasses.replace(axes, params=jax.tree.map(lambda _: -1, self.params), first=0)
+        return dataclasses.replace(axes, params=jax.tree.map(lambda _: -1, self.params), first=0, initial=0)
 
 
 def tangents(reverse: bool, of: Linearisation, moved: Sequence) -> tuple[list[Array], Array]:
@@ -109,7 +121,7 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
     kernel = jnp.transpose(of.params.recurrent_kernel, (1, 2, 0)).reshape(-1, of.first.shape[-1])
     num_steps, num_perturbed = of.inputs.shape[0], len(wanted.perturbations)
     stored = bool(jax.tree.leaves((wanted.params, wanted.inputs)))
-    first, *others = (x.reshape(*x.shape[:-2], -1) for x in of.local.by_gate)
+    first, *others = (jax.lax.collapse(x, -2) for x in of.local.by_gate)
     slopes, local = (first, of.local.by_input), dataclasses.replace(of.local, by_gate=(), by_input={})
 
     def step(carry: list[Array], xs: Any, rows: Any) -> tuple[list[Array], Any]:
@@ -127,10 +139,11 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
     rows = (slopes if in_place else to_write, to_be_filled(num_steps, [of.first] * num_perturbed))
     xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
     carry, (rows, perturbations) = scan_in_place(step, last, xs, rows, reverse=not reverse)
-    params, inputs = (
-        of_weights(wanted, of.params, of.inputs, of.before(reverse), *rows) if stored else (wanted.params, None)
-    )
-    return dataclasses.replace(wanted, params=params, inputs=inputs, carry=carry, perturbations=perturbations)
+    of_others = dataclasses.replace(wanted, carry=carry, perturbations=perturbations)
+    if not stored:
+        return of_others
+    params, inputs = of_weights(wanted, of.params, of.inputs, of.before(reverse, after=carry[0]), *rows)
+    return dataclasses.replace(of_others, params=params, inputs=inputs)
 
 
 def _before(

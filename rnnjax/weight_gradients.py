@@ -78,8 +78,8 @@ def _products(factor: Array, dz: Array) -> Array:
 
 def _outer(factor: Array, dz: Array) -> Array:
     """Returns Σ x dz ``[n, G, H]`` over all leading axes, for x ``[..., n]``."""
-    columns = dz.reshape(*dz.shape[:-2], -1)
+    columns = jax.lax.collapse(dz, -2)
     if jax.default_backend() == "cpu":  # over several axes XLA would transpose the factor first
-        factor, columns = (x.reshape(-1, x.shape[-1]) for x in (factor, columns))
+        factor, columns = (jax.lax.collapse(x, 0, -1) for x in (factor, columns))
     axes = tuple(range(factor.ndim - 1))
     return jnp.tensordot(factor, columns, axes=(axes, axes)).reshape(-1, *dz.shape[-2:])

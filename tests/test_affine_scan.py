@@ -322,6 +322,18 @@ def test_the_rows_of_all_steps_are_not_copied_before_a_loop(name):
     assert not re.search(rf"copy[\w.]* = \S*\[{steps},2,", program)
 
 
+@pytest.mark.slow  # compiled as for users
+@pytest.mark.parametrize(("name", "arrays"), [("tanh", 3), ("gru", 7), ("lstm", 8)])
+def test_the_backward_scan_holds_the_states_once(name, arrays):
+    """Beside the local derivatives and the cotangents; the states before, for dU, are made when it has ended."""
+    steps, batch, units = 64, 32, 64
+    cell = dataclasses.replace(CELLS[name], hidden_size=units)
+    params = cell.init(jax.random.key(0), D)
+    gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x)[1] ** 2))
+    memory = jax.jit(gradient).lower(params, jnp.ones((steps, batch, D))).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < (arrays + 0.7) * 4 * steps * batch * units
+
+
 def _scans(jaxpr):
     """Yields the length of each scan, with the shapes of what it carries."""
     for eqn in jaxpr.eqns:

@@ -1,5 +1,7 @@
 """Unrolling against a plain Python loop over ``apply``, one sequence at a time, differentiated by autodiff."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,21 @@ def normalized_step(params, carry, inputs):
     return {"hidden": hidden, "trace": 0.5 * carry["trace"] + hidden.sum()}, hidden * carry["trace"]
 
 
+@dataclasses.dataclass(frozen=True)
+class LiveCell(rnnjax.LSTMCell):
+    """A cell that starts, also after a reset, from a carry that is not zero."""
+
+    def initialize_carry(self, batch_shape=(), dtype=jnp.float32):
+        shape = (*batch_shape, self.hidden_size)
+        return jnp.full(shape, 0.4, dtype), jnp.full(shape, -0.7, dtype)
+
+
 CELLS = {
     "vanilla": rnnjax.VanillaCell(H),
     "leaky": rnnjax.LeakyCell(H, leak=0.4),
     "gru": rnnjax.GRUCell(H),
     "lstm": rnnjax.LSTMCell(H),
+    "live": LiveCell(H),
     "step": rnnjax.StepCell(normalized_step, {"hidden": jnp.full(H, 0.1), "trace": jnp.ones(())}),
 }
 LENGTHS = np.array([0, 3])
@@ -111,8 +123,8 @@ def label(value):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("lstm", options) for options in OPTIONS]
-    + [(name, options) for name in CELLS if name != "lstm" for options in (OPTIONS[0], OPTIONS[-1])],
+    [(name, options) for name in ("lstm", "live") for options in OPTIONS]
+    + [(name, options) for name in CELLS if name not in ("lstm", "live") for options in (OPTIONS[0], OPTIONS[-1])],
     ids=label,
 )
 def test_values_and_gradients_are_those_of_a_plain_loop(name, options):
@@ -226,6 +238,16 @@ def test_gradients_agree_with_finite_differences_and_forward_mode():
         moved = [jax.tree.map(lambda a, d, s=s: a + s * 1e-6 * d, at, direction) for s in (1, -1)]
         assert by_reverse == pytest.approx(float(by_forward), rel=1e-12)
         assert by_reverse == pytest.approx(float(loss(moved[0]) - loss(moved[1])) / 2e-6, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gru", "lstm"])
+def test_a_batch_of_no_sequence_has_no_gradient(name):
+    cell, params, inputs, _ = arrays(name, (0,), np.float32)
+
+    def loss(params, inputs):
+        return unroll(cell, params, inputs)[1].sum()
+
+    assert jax.tree.all(jax.tree.map(lambda g: not g.any(), jax.grad(loss, argnums=(0, 1))(params, inputs)))
 
 
 def test_unroll_does_not_retrace_and_works_under_jit(monkeypatch):
