@@ -285,7 +285,8 @@ def zero_perturbations(network: RecurrentNetwork, inputs: Array) -> list[Array]:
 def zero_carry_perturbations(network: RecurrentNetwork, inputs: Array) -> list[Carry]:
     """Returns the zeros to differentiate by for ∂L/∂s_t, a carry with leaves ``[T, B, H]`` for each layer."""
     layers = [(layer.cell, layer.recurrent_kernel[...].dtype) for layer in network.layers]
-    return [cell.initialize_carry(inputs.shape[:2], dtype) for cell, dtype in layers]
+    carries = [cell.initialize_carry(inputs.shape[:2], dtype) for cell, dtype in layers]
+    return jax.tree.map(jnp.zeros_like, carries)  # a cell may start from another carry
 
 
 @functools.partial(jax.jit, static_argnames="graph")

@@ -1,5 +1,7 @@
 """Networks against their own definition: a lookup, loops over time, a matrix product."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,8 +108,17 @@ def test_truncation_stops_gradients_alone():
     assert not gradient[:3].any() and all(gradient[t].any() for t in (3, 4))
 
 
-def test_perturbations_are_added_to_hidden_states():
-    made = network(num_layers=2)
+@dataclasses.dataclass(frozen=True)
+class LiveCell(rnnjax.VanillaCell):
+    """A cell that starts from a carry that is not zero."""
+
+    def initialize_carry(self, batch_shape=(), dtype=jnp.float32):
+        return jnp.full((*batch_shape, self.hidden_size), 0.4, dtype)
+
+
+@pytest.mark.parametrize("cell", [rnnjax.VanillaCell(H), LiveCell(H)])
+def test_perturbations_are_added_to_hidden_states(cell):
+    made = network(cell, num_layers=2)
     zeros = zero_perturbations(made, features())
     assert [(zero.shape, zero.dtype) for zero in zeros] == [((T, B, H), jnp.float32)] * 2
     np.testing.assert_array_equal(made(features(), perturbations=zeros), made(features()))
