@@ -54,6 +54,19 @@ def test_qr_is_a_reduced_factorisation(batch_shape, dtype):
     np.testing.assert_array_equal(r, np.triu(r))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (9, 4), (12, 12), (40, 17)])
+def test_lu_has_the_rows_in_the_order_of_their_pivots(shape, backend, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    columns = jnp.asarray(random_matrices(shape), dtype)
+    rows, lower, upper = (np.asarray(x) for x in jax.jit(lambda c: lapack.lu(c))(columns))
+    assert sorted(rows) == list(range(shape[0]))
+    np.testing.assert_allclose(lower @ upper, np.asarray(columns)[rows], atol=testing.rounding_tolerance(dtype, 50))
+    assert np.abs(lower).max() == 1 and (np.diagonal(lower) == 1).all()
+    np.testing.assert_array_equal(lower, np.tril(lower))
+    np.testing.assert_array_equal(upper, np.triu(upper))
+
+
 def test_spectral_norm_takes_matrices_that_are_not_square():
     matrices = random_matrices((2, 3, 5)).astype(np.float32)
     expected = np.linalg.norm(matrices, 2, axis=(1, 2))
