@@ -18,6 +18,7 @@ import numpy as np
 
 from rnnjax import lapack
 from rnnjax.operators import Jacobians
+from rnnjax.structured import StructuredJacobians
 from rnnjax.typing import Array, Key
 
 _Progress = tuple[Array, Array, Array, Array]
@@ -157,19 +158,27 @@ def _growth_of_steps(
     return frame, logs[::-1]
 
 
-def _taken(jacobians: Jacobians, backward: bool, step: Array, columns: Array) -> Array:
-    """Returns the columns after one more step."""
-    if backward:
-        return jacobians.at_step(jacobians.shape[0] - 1 - step).transpose_times(columns)
-    return jacobians.at_step(step).times(columns)
+def _taken(jacobians: Jacobians, backward: bool, first: Array, stop: Array, columns: Array) -> Array:
+    """Returns the columns after the steps from the first to that before ``stop``."""
+    by_rows = isinstance(jacobians, StructuredJacobians) and jacobians.takes_rows(columns.shape[-1])
+
+    def take(step: Array, columns: Array) -> Array:
+        jacobian = jacobians.at_step(jacobians.shape[0] - 1 - step if backward else step)
+        if isinstance(jacobian, StructuredJacobians) and by_rows:
+            return jacobian.times_rows(columns, transposed=backward)
+        return jacobian.transpose_times(columns) if backward else jacobian.times(columns)
+
+    if not by_rows:
+        return jax.lax.fori_loop(first, stop, take, columns)
+    return jnp.swapaxes(jax.lax.fori_loop(first, stop, take, jnp.swapaxes(columns, -1, -2)), -1, -2)
 
 
-def _stretch(take: Callable[[Array, Array], Array], stop: Array, state: _Progress) -> _Progress:
+def _stretch(take: Callable[[Array, Array, Array], Array], stop: Array, state: _Progress) -> _Progress:
     """Takes several steps, then one triangular factorisation; gives half of them up where columns became dependent."""
     time, frame, logs, length = state
     left = stop - time
     steps = -(-left // -(-left // length))  # stretches of like length
-    columns = jax.lax.fori_loop(time, time + steps, take, frame)
+    columns = take(time, time + steps, frame)
     lower, pivots = lapack.over_batch(_unit_lower, columns, columns.ndim - 2)
     info = jnp.finfo(frame.dtype)
     # A pivot this far above underflow has all its digits; a column without rank has none to lose.

@@ -10,6 +10,8 @@ from rnnjax import lapack
 from rnnjax.typing import Array, DType
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_FEW = 24
+"""How many columns at most are multiplied faster as the rows of a matrix."""
 
 
 @flax.struct.dataclass
@@ -108,6 +110,19 @@ class StructuredJacobians:
             return to_hidden
         result = _mixed(jnp.swapaxes(self.carry_derivatives, -3, -2), parts)
         return result.at[..., 0, :, :].add(to_hidden).reshape(columns.shape)
+
+    def takes_rows(self, count: int) -> bool:
+        """Whether ``times_rows`` can multiply that many columns, and does so faster than ``times``."""
+        return self.recurrent_derivatives.shape[-3:-1] == (1, 1) and count <= _FEW
+
+    def times_rows(self, rows: Array, *, transposed: bool = False) -> Array:
+        """Returns (J V)ᵀ, or (Jᵀ V)ᵀ, for Vᵀ ``[..., m, S]``, of a cell with one gate and one carry."""
+        by_gate, by_carry = self.recurrent_derivatives[..., 0, :], self.carry_derivatives[..., 0, :]
+        if transposed:
+            result = _dot(rows * by_gate, self.transposed_kernel[0], 1)
+        else:
+            result = _dot(rows, self.recurrent_kernel[:, 0], 1) * by_gate
+        return result if self.gates_alone else rows * by_carry + result
 
     def log_abs_det(self) -> Array:
         """Returns log|det J| in nats, ``[...]``, without the columns in which each unit feeds only itself."""

@@ -113,6 +113,23 @@ def test_products_with_vectors_equal_those_of_the_dense_matrix(name, batch_shape
         close(one, dense[2])
 
 
+@pytest.mark.parametrize(("name", "batch_shape"), [("vanilla tanh", (2, 3)), ("leaky", ()), ("leaky", (2, 3))])
+def test_columns_may_be_multiplied_as_rows(name, batch_shape, dtype):
+    cell, params, trajectory = path(name, batch_shape, dtype)
+    operator = jacobian_operator(cell, params, trajectory)
+    dense = np.asarray(rnnjax.autodiff_step_jacobians(cell, params, trajectory))
+    rows = random_like(np.empty((T, *batch_shape, 2, dense.shape[-1])), 5, dtype)
+    close = functools.partial(np.testing.assert_allclose, atol=testing.rounding_tolerance(dtype, 60))
+    close(operator.times_rows(rows), np.asarray(rows) @ np.swapaxes(dense, -1, -2))
+    close(operator.times_rows(rows, transposed=True), np.asarray(rows) @ dense)
+
+
+@pytest.mark.parametrize(("name", "possible"), [("vanilla tanh", True), ("leaky", True), ("gru", False), ("lstm", False)])
+def test_only_cells_of_one_gate_take_rows_and_only_few(name, possible, dtype):
+    operator = jacobian_operator(*path(name, (), dtype))
+    assert operator.takes_rows(3) == possible and not operator.takes_rows(200)
+
+
 def coupled_step(params, carry, inputs):
     """Not affine: each new part depends on the whole of the other, and the parts differ in size."""
     a = jnp.tanh(params["a"] @ carry["b"] + inputs)

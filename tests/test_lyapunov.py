@@ -12,6 +12,7 @@ import pytest
 import rnnjax
 from rnnjax import testing
 from rnnjax.frames import block_growth, frame_growth, random_frame
+from rnnjax.jacobians import jacobian_operator
 from rnnjax.lyapunov import finite_time_exponents, kaplan_yorke_dimension, lyapunov_spectrum
 from rnnjax.operators import DenseJacobians
 
@@ -543,6 +544,22 @@ def test_frames_are_orthonormal_and_grow_backward_by_the_transposed_steps():
         frames, triangles = np.linalg.qr(np.swapaxes(chain[t], 1, 2) @ frames)
         expected = np.log(np.abs(np.diagonal(triangles, axis1=1, axis2=2)))
         np.testing.assert_allclose(growth[t], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("cell", [rnnjax.VanillaCell(5), rnnjax.LeakyCell(5, leak=0.6), rnnjax.GRUCell(5)])
+def test_growth_is_the_same_with_factors_as_with_dense_matrices(cell, backward):
+    with jax.enable_x64():
+        inputs = jnp.asarray(np.random.default_rng(4).normal(size=(13, 2, 2)))
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), cell.init(jax.random.key(1), 2))
+        factors = jacobian_operator(cell, params, rnnjax.trajectory(cell, params, inputs))
+        start = random_frame(jax.random.key(0), factors, 3)
+        for ours, theirs in zip(
+            block_growth(factors, start, (0, 5, 13), backward),
+            block_growth(DenseJacobians(factors.dense()), start, (0, 5, 13), backward),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-11)
 
 
 @pytest.mark.parametrize("backward", [False, True])
