@@ -10,7 +10,7 @@ from rnnjax.cells import CellParams
 from rnnjax.cells.base import with_ones
 from rnnjax.typing import Array
 
-_NARROW = 128
+_NARROW = 256
 """How many features inputs may have for one product with the cotangents of all r, where only some gates' are of u."""
 
 
