@@ -73,7 +73,8 @@ class Linearisation:
           after: what has to be there before it is made. XLA would copy the states as early as it can, and hold two
             arrays of them through the backward scan. It goes by the data alone: barriers do not keep it from that.
         """
-        first, start = self.first[None], int(reverse)
+        first = self.first[None]
+        start: Any = int(reverse)
         if after is not None and after.size:
             number = after.reshape(-1)[0]
             start += ((number != number) & (number == number)).astype(int)  # 0, but XLA does not see that

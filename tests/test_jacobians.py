@@ -124,7 +124,9 @@ def test_columns_may_be_multiplied_as_rows(name, batch_shape, dtype):
     close(operator.times_rows(rows, transposed=True), np.asarray(rows) @ dense)
 
 
-@pytest.mark.parametrize(("name", "possible"), [("vanilla tanh", True), ("leaky", True), ("gru", False), ("lstm", False)])
+@pytest.mark.parametrize(
+    ("name", "possible"), [("vanilla tanh", True), ("leaky", True), ("gru", False), ("lstm", False)]
+)
 def test_only_cells_of_one_gate_take_rows_and_only_few(name, possible, dtype):
     operator = jacobian_operator(*path(name, (), dtype))
     assert operator.takes_rows(3) == possible and not operator.takes_rows(200)
