@@ -43,7 +43,8 @@ def unroll_bidirectional(
       ``[T, ..., 2H]``, forwards first, each at the step of its input.
 
     Raises:
-      ValueError: what ``unroll`` refuses, a cell that is not affine, weights that are not a pair of the same shapes.
+      ValueError: what ``unroll`` refuses, a cell that is not affine, weights that are not a pair of the same shapes,
+        ``reverse``.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -61,6 +62,8 @@ def unroll_bidirectional(
     for name, value in (("params", params), ("carry", carry), ("perturbations", perturbations)):
         if value is not None and (not isinstance(value, (tuple, list)) or len(value) != 2):
             raise ValueError(f"{name} must be a pair, forwards and backwards, got {type(value).__name__}")
+    if "reverse" in options:
+        raise ValueError(f"reverse must be left out, both directions are run, got {options['reverse']!r}")
     for index, direction in enumerate(("forwards", "backwards")):
         cell.check(params[index], inputs, None if carry is None else carry[index])
         validation.finite(f"params {direction}", params[index])

@@ -110,8 +110,8 @@ def gradient_flow(
       The ``GradientFlow``.
 
     Raises:
-      ValueError: what ``unroll`` refuses; carries or weights that are not floating point; a loss that is neither a
-        scalar nor ``[T]``, or not finite.
+      ValueError: what ``unroll`` refuses; carries, weights or outputs that are not floating point; a loss that is
+        neither a scalar nor ``[T]``, or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -130,7 +130,7 @@ def gradient_flow(
     with jax.default_matmul_precision("highest"):
         _, outputs = unroll(cell, params, inputs, carry, truncation=truncation, **controls)
         path = trajectory(cell, params, inputs, carry, **controls)
-        _check_floating(params=params, carry=path.carries)
+        _check_floating(params=params, carry=path.carries, outputs=outputs)
         loss, cotangent = jax.value_and_grad(functools.partial(_total, loss_fn, path))(outputs)
         validation.finite("loss", loss)
         hidden, gradient = _backward(cell, params, inputs, carry, cotangent, truncation, controls)

@@ -120,7 +120,7 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
     """
     last, of_hidden = given
     kernel = jnp.transpose(of.params.recurrent_kernel, (1, 2, 0)).reshape(-1, of.first.shape[-1])
-    num_steps, num_perturbed = of.inputs.shape[0], len(wanted.perturbations)
+    num_steps = of.inputs.shape[0]
     stored = bool(jax.tree.leaves((wanted.params, wanted.inputs)))
     first, *others = (jax.lax.collapse(x, -2) for x in of.local.by_gate)
     slopes, local = (first, of.local.by_input), dataclasses.replace(of.local, by_gate=(), by_input={})
@@ -132,18 +132,22 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
         carry = [carry[0] + of_hidden, *carry[1:]]
         before, after, recurrent, inputs = _before(kernel, carry, active, severed, local, [first, *others])
         new = (recurrent, _in_place(by_input, inputs)) if stored else None
-        return before, (new, after[:num_perturbed])
+        return before, (new, of_perturbations(after))
+
+    def of_perturbations(after: list[Array]) -> list[Array | None]:
+        return [x if wish else None for x, wish in zip(after, wanted.perturbations, strict=False)]
 
     # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
     in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
     to_write = to_be_filled(num_steps, jax.tree.map(lambda x: x[0], slopes)) if stored and not in_place else None
-    rows = (slopes if in_place else to_write, to_be_filled(num_steps, [of.first] * num_perturbed))
+    rows = (slopes if in_place else to_write, to_be_filled(num_steps, of_perturbations([of.first] * len(last))))
     xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
     carry, (rows, perturbations) = scan_in_place(step, last, xs, rows, reverse=not reverse)
     of_others = dataclasses.replace(wanted, carry=carry, perturbations=perturbations)
     if not stored:
         return of_others
-    params, inputs = of_weights(wanted, of.params, of.inputs, of.before(reverse, after=carry[0]), *rows)
+    before, (of_recurrent, by_input) = of.before(reverse, after=carry[0]), rows
+    params, inputs = of_weights(wanted, of.params, of.inputs, before, of_recurrent, by_input, of.local.summed)
     return dataclasses.replace(of_others, params=params, inputs=inputs)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rnnjax import validation
+from rnnjax import cells, validation
 from rnnjax.bidirectional import unroll_bidirectional
 from rnnjax.cells import AffineCell, CellParams
 from rnnjax.initializers import Glorot, Orthogonal
@@ -45,10 +45,12 @@ class RecurrentLayer(nnx.Module):
         params = cell.init(rngs.params(), input_size, dtype)
         # Once weights are drawn the initialisers matter no more: without them, networks that differ in nothing else
         # share their compiled code.
-        start: dict[str, Any] = {"input_initializer": Glorot(), "recurrent_initializer": Orthogonal()}
-        if any(field.name == "forget_bias" for field in dataclasses.fields(cell)):
-            start["forget_bias"] = 0.0
-        self.cell = dataclasses.replace(cell, **start)
+        self.cell = cell
+        if type(cell).__module__.startswith(cells.__name__):  # another's fields may matter to each step
+            start: dict[str, Any] = {"input_initializer": Glorot(), "recurrent_initializer": Orthogonal()}
+            if isinstance(cell, cells.LSTMCell | cells.GRUCell):
+                start["forget_bias"] = 0.0
+            self.cell = dataclasses.replace(cell, **start)
         self.input_kernel = nnx.Param(params.input_kernel)
         self.recurrent_kernel = nnx.Param(params.recurrent_kernel)
         self.bias = nnx.Param(params.bias)

@@ -161,15 +161,13 @@ class LinearizedJacobians:
         return lapack.log_abs_det(self.dense())
 
     def _over_leading(self, function: Any, *arrays: Array) -> Array:
-        template = jax.eval_shape(self.cell.initialize_carry)
-        _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template))
-
         def single(carry: Carry, inputs: Any, *own: Array) -> Array:
-            def next_state(state: Array) -> Array:
-                like = jax.tree.map(lambda new, old: new.astype(old.dtype), unravel(state), carry)
-                return ravel_pytree(self.cell.apply(self.params, like, inputs)[0])[0]
+            flat, unravel = ravel_pytree(carry)
 
-            return function(next_state, ravel_pytree(carry)[0], *own)
+            def next_state(state: Array) -> Array:
+                return ravel_pytree(self.cell.apply(self.params, unravel(state), inputs)[0])[0]
+
+            return function(next_state, flat, *own)
 
         for _ in range(self.num_axes):
             single = jax.vmap(single)

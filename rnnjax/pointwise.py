@@ -44,6 +44,17 @@ class PointwiseProgram:
             return jax.tree.leaves(cell.pointwise(carry, inputs, recurrent))
 
         traced = jax.make_jaxpr(run)(carry, gates, gates)
+        if len(traced.out_avals) != cell.num_carries:
+            raise ValueError(
+                f"pointwise of {type(cell).__name__} must return {cell.num_carries} new carries, "
+                f"got {len(traced.out_avals)}"
+            )
+        for place, result in enumerate(traced.out_avals):
+            if (result.shape, result.dtype) != (like.shape, like.dtype):
+                raise ValueError(
+                    f"pointwise of {type(cell).__name__} must return arrays as it is given them, unit by unit, "
+                    f"{like.dtype}{list(like.shape)}, got {result.dtype}{list(result.shape)} for carry {place}"
+                )
         self.exact = exact
         self.jaxpr = traced.jaxpr
         self.constants = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
@@ -211,7 +222,9 @@ def _activation(eqn: Any) -> float | None:
     """Returns s of the table above if all that an equation does is tanh or sigmoid, with their own derivatives."""
     name, inner = eqn.primitive.name, eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if name in ("jit", "pjit") and len(inner.jaxpr.eqns) == 1:
-        return _activation(inner.jaxpr.eqns[0])
+        (alone,) = inner.jaxpr.eqns
+        passes_on = inner.jaxpr.invars == alone.invars and inner.jaxpr.outvars == alone.outvars
+        return _activation(alone) if passes_on else None
     if name == "custom_jvp_call":
         # A derivative of the user's own, such as a surrogate gradient, is not ours to replace.
         ours = {f"{name} at {activations.__file__}": kind for name, kind in (("tanh", "tanh"), ("sigmoid", "logistic"))}

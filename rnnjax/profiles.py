@@ -84,7 +84,8 @@ def spectral_profile(
       carry: the carry before the first step; ``cell.initialize_carry`` by default.
       lags: a sequence of numbers of steps, distinct, in [1, T]; all of them by default.
       block: a part of the state, such as "h" or "c" of an LSTM, for ∂h_T/∂h_{T−lag} or ∂c_T/∂c_{T−lag} through all
-        paths; the parts of another cell are named like the leaves of its carry. The full state by default.
+        paths; the parts of another cell are named like the leaves of its carry, "[1]" the second of a tuple, but for
+        the first of an affine cell, "h". The full state by default.
       dtype: what the factorisations are computed in, as for ``factor_product``.
 
     Returns:
@@ -178,8 +179,10 @@ def state_block(cell: Cell, block: str | None) -> Array:
       [False False  True  True]
     """
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(cell.initialize_carry))
-    names = ["h", "c"] if isinstance(cell, AffineCell) else [jax.tree_util.keystr(path) for path, _ in leaves]
-    sizes = {name: leaf.size for name, (_, leaf) in zip(names, leaves, strict=False)}
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    if isinstance(cell, AffineCell):
+        names = ["h", *(["c"] if len(names) == 2 else names[1:])]
+    sizes = {name: leaf.size for name, (_, leaf) in zip(names, leaves, strict=True)}
     if block is not None:
         validation.one_of("block", block, sizes)
     return jnp.array(np.concatenate([np.full(size, block in (None, name)) for name, size in sizes.items()]))

@@ -39,8 +39,13 @@ class Trajectory:
         before = jax.tree.map(lambda leaf: leaf[:-1], self.carries)
         if self.resets is None:
             return before
-        initial = cell.initialize_carry(self.resets.shape, jax.tree.leaves(before)[0].dtype)
-        return where(self.resets, jax.tree.map(lambda new, old: new.astype(old.dtype), initial, before), before)
+        dtype = jax.tree.leaves(before)[0].dtype if isinstance(cell, AffineCell) else None
+        initial = cell.initialize_carry(self.resets.shape[1:], dtype)
+        return where(
+            self.resets,
+            jax.tree.map(lambda new, old: jnp.broadcast_to(new.astype(old.dtype), old.shape), initial, before),
+            before,
+        )
 
 
 def unroll(

@@ -21,6 +21,7 @@ def of_weights(
     before: Array,
     of_recurrent: Array,
     by_input: dict[tuple[int, int], Array],
+    summed: tuple[bool, ...],
 ) -> tuple[Any, Array | None]:
     """Returns the cotangents of the weights and inputs from that of r and, where it differs, of u_g.
 
@@ -31,9 +32,11 @@ def of_weights(
       before: the hidden state that each step started from ``[T, ..., H]``.
       of_recurrent: the cotangent of r ``[T, ..., G·H]``.
       by_input: for gates whose u and r are not just added up, that of u_g ``[T, ..., H]`` in the first place (i, g).
+      summed: whether they are, for each gate; a gate with neither has no use for its u.
     """
     dz = of_recurrent.reshape(*of_recurrent.shape[:-1], *params.recurrent_kernel.shape[1:])
-    by_gate = {gate: of_gate for (_, gate), of_gate in sorted(by_input.items(), reverse=True)}
+    by_gate = {gate: jnp.zeros_like(dz[..., gate, :]) for gate, both in enumerate(summed) if not both}
+    by_gate |= {gate: of_gate for (_, gate), of_gate in sorted(by_input.items(), reverse=True)}
     inputs, before = (x.astype(params.input_kernel.dtype).astype(dz.dtype) for x in (inputs, before))
     # Where inputs are narrow, a product for a gate too many costs less than an array of the cotangents of all u.
     narrow = wanted.inputs is None and inputs.shape[-1] <= _NARROW

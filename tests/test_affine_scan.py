@@ -82,7 +82,22 @@ class ForkedCell(AffineCell):
         return jnp.tanh(u * r) + 0.2 * d * e, jnp.sin(u + 0.5 * r**2), c, c
 
 
+@dataclasses.dataclass(frozen=True)
+class DeafCell(AffineCell):
+    """One gate does not hear the inputs, and functions that are compiled apart pass on other than what they take."""
+
+    num_gates = 2
+    has_recurrent_bias = True
+
+    def pointwise(self, carry, input_preactivation, recurrent_preactivation):
+        heard = input_preactivation[0] + recurrent_preactivation[0]
+        second = jax.jit(lambda gate, memory: jnp.tanh(memory))(heard, carry)
+        both = jax.jit(lambda gate: (gate, jnp.tanh(gate)))(heard)
+        return both[1] * jax.nn.sigmoid(recurrent_preactivation[1]) + 0.3 * second + 0.1 * both[0]
+
+
 CELLS = {
+    "deaf": DeafCell(H),
     "forked": ForkedCell(H),
     "surrogate": rnnjax.VanillaCell(H, activation=surrogate),
     "twin": TwinCell(H),
@@ -159,7 +174,7 @@ def test_the_way_that_other_devices_go_leads_to_the_same(name, monkeypatch):
 
 
 @pytest.mark.parametrize("narrow", [0, D])
-@pytest.mark.parametrize("name", ["lstm", "gru", "tangled", "forked"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "tangled", "forked", "deaf"])
 def test_gradients_of_the_weights_alone(name, narrow, monkeypatch):
     """Both ways to take gates whose u and r are not just added up."""
     monkeypatch.setattr(weight_gradients, "_NARROW", narrow)
@@ -167,6 +182,64 @@ def test_gradients_of_the_weights_alone(name, narrow, monkeypatch):
     with jax.enable_x64():
         (ours, theirs), arguments = losses(name)
         agree(*(jax.grad(f)(*arguments) for f in (ours, theirs)), 1e-12)
+
+
+@pytest.mark.parametrize("wanted", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("by_weights", [True, False])
+def test_some_perturbations_may_be_constant(wanted, by_weights):
+    with jax.enable_x64():
+        cell, params, inputs, _ = problem("lstm")
+        added = [0.1 * random_like(np.empty((T, B, H)), seed, np.float64) for seed in (5, 6)]
+
+        def value(params, *some):
+            leaves = list(added)
+            for index, leaf in zip(wanted, some, strict=True):
+                leaves[index] = leaf
+            return (rnnjax.unroll(cell, params, inputs, perturbations=tuple(leaves))[1] ** 2).sum()
+
+        def by_loop(params, *some):
+            leaves, carry, total = list(added), cell.initialize_carry((B,), jnp.float64), 0.0
+            for index, leaf in zip(wanted, some, strict=True):
+                leaves[index] = leaf
+            for t in range(T):
+                carry, _ = cell.apply(params, carry, inputs[t])
+                carry = tuple(leaf + new[t] for leaf, new in zip(carry, leaves, strict=True))
+                total += (carry[0] ** 2).sum()
+            return total
+
+        if not (wanted or by_weights):
+            return
+        argnums = (*([0] if by_weights else []), *range(1, 1 + len(wanted)))
+        agree(*(jax.grad(f, argnums)(params, *(added[i] for i in wanted)) for f in (value, by_loop)), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("pointwise", "message"),
+    [
+        (lambda c, u, r: jnp.ones((B, B, H)) * jnp.tanh(u[0] + r[0]), r"got float32\[2, 2, 3\] for carry 0"),
+        (lambda c, u, r: (u[0] + r[0]).astype(jnp.float16), r"got float16\[2, 1, 3\] for carry 0"),
+        (lambda c, u, r: (c, u[0] + r[0]), "must return 1 new carries, got 2"),
+    ],
+)
+def test_what_is_not_pointwise_is_refused(pointwise, message):
+    """A mask of its own for each sequence, say: only what a function does to each unit is known to all that follows."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Odd(AffineCell):
+        num_gates = 1
+
+        def pointwise(self, *args):
+            return pointwise(*args)
+
+    params = CELLS["tanh"].init(jax.random.key(0), D)
+    with pytest.raises(ValueError, match=message):
+        rnnjax.unroll(Odd(H), params, jnp.ones((T, B, D)))
+
+
+@pytest.mark.parametrize("name", ["apply", "hidden", "prepare_inputs", "recurrent_preactivation", "step"])
+def test_what_follows_from_the_pointwise_function_cannot_be_replaced(name):
+    with pytest.raises(TypeError, match=f"Own must not define {name}"):
+        type("Own", (rnnjax.VanillaCell,), {name: lambda self, *args: None})
 
 
 @EVERY_CELL

@@ -175,3 +175,10 @@ def test_training_and_monitoring():
         result = fit(config.make_network(task), task, config.make_optimizer(), config.fit_settings(), monitor=monitor)
     assert int(result.state.step) == 3 and np.isfinite(result.evaluations[-1]["loss"])
     assert result.readings[0].log_spectral_norms.shape[0] == 4
+
+
+def test_both_directions_cannot_be_reversed():
+    cell = rnnjax.GRUCell(2)
+    params = (cell.init(jax.random.key(0), 1),) * 2
+    with pytest.raises(ValueError, match="reverse must be left out, both directions are run, got True"):
+        unroll_bidirectional(cell, params, jnp.ones((3, 1)), reverse=True)

@@ -235,3 +235,9 @@ def test_a_carry_that_counts_has_no_gradient():
     cell = rnnjax.StepCell(lambda p, c, x: ((p * c[0] + x, c[1] + 1), c[0]), (jnp.zeros(2), jnp.zeros((), jnp.int32)))
     with pytest.raises(ValueError, match=r"carry\[1\] must be floating point to have a gradient, got int32"):
         rnnjax.gradient_flow(cell, jnp.ones(()), jnp.ones((4, 2)), jnp.sum)
+
+
+def test_outputs_without_a_gradient_are_named():
+    cell = rnnjax.StepCell(lambda params, h, x: (params * h + x, {"best": h.argmax()}), jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"outputs\['best'\] must be floating point to have a gradient, got int32"):
+        rnnjax.gradient_flow(cell, jnp.ones(()), jnp.ones((3, 2)), lambda outputs: outputs["best"].sum())

@@ -288,3 +288,13 @@ def test_lengths_and_resets_are_in_the_jacobians(name):
     operator, columns = jacobian_operator(cell, params, controlled), random_like(jacobians, 3, jnp.float32)
     np.testing.assert_allclose(operator.times(columns), jacobians @ columns, atol=1e-5)
     np.testing.assert_allclose(operator.transpose_times(columns), jacobians.swapaxes(-1, -2) @ columns, atol=1e-5)
+
+
+def test_a_carry_of_several_dtypes_has_jacobians():
+    """Those of its numbers; a count has no derivative."""
+    example = (jnp.array(0, jnp.int32), jnp.array([0.5, 0.25], jnp.bfloat16))
+    cell = rnnjax.StepCell(lambda params, c, x: ((c[0] + 1, (params * c[1]).astype(jnp.bfloat16)), c[1]), example)
+    params, inputs = jnp.asarray(2, jnp.bfloat16), jnp.ones((3, 1))
+    with jax.numpy_dtype_promotion("standard"):  # the state is one vector
+        jacobians = rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs))
+    np.testing.assert_array_equal(np.asarray(jacobians, np.float32), np.broadcast_to(np.diag([0, 2, 2]), (3, 3, 3)))

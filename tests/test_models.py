@@ -116,6 +116,23 @@ class LiveCell(rnnjax.VanillaCell):
         return jnp.full((*batch_shape, self.hidden_size), 0.4, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class BiasedCell(rnnjax.AffineCell):
+    """A field of the name that the LSTM's initial bias has, used in each step."""
+
+    num_gates = 1
+    forget_bias: float = 1.0
+
+    def pointwise(self, carry, input_preactivation, recurrent_preactivation):
+        return jnp.tanh(input_preactivation[0] + recurrent_preactivation[0] + self.forget_bias)
+
+
+def test_a_layer_steps_as_its_cell_does():
+    cell = BiasedCell(H, forget_bias=2.0)
+    layer = RecurrentLayer(cell, D, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer(features())[1], rnnjax.unroll(cell, layer.params(), features())[1])
+
+
 @pytest.mark.parametrize("cell", [rnnjax.VanillaCell(H), LiveCell(H)])
 def test_perturbations_are_added_to_hidden_states(cell):
     made = network(cell, num_layers=2)

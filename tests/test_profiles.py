@@ -232,3 +232,18 @@ def test_norm_that_iterations_do_not_find_comes_from_an_svd(monkeypatch):
     chain, exact = passing_slowly(3e-3, 0, num_steps=20)
     norms = _norms_of_sequence(DenseJacobians(jnp.asarray(chain, jnp.float32)))
     np.testing.assert_allclose(norms, exact, atol=1e-5)
+
+
+def test_parts_of_a_state_of_many_carries():
+    cell = rnnjax.SkipCell(2, span=3)
+    params, inputs = cell.init(jax.random.key(0), 1), jnp.ones((4, 1))
+    whole = rnnjax.spectral_profile(cell, params, inputs).log_singular_values
+    assert whole.shape == (4, 6)
+    jacobians = rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs))
+    for index, block in enumerate(["h", "[1]", "[2]"]):
+        part = rnnjax.spectral_profile(cell, params, inputs, lags=[1], block=block).log_singular_values[0]
+        own = slice(2 * index, 2 * index + 2)
+        expected = np.linalg.svd(np.asarray(jacobians[-1, own, own], np.float64), compute_uv=False)
+        np.testing.assert_allclose(np.exp(part[:2]), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"block must be one of .*\[2\]"):
+        rnnjax.spectral_profile(cell, params, inputs, block="c")

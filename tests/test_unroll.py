@@ -240,6 +240,32 @@ def test_gradients_agree_with_finite_differences_and_forward_mode():
         assert by_reverse == pytest.approx(float(loss(moved[0]) - loss(moved[1])) / 2e-6, rel=1e-7)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScatteredCell(rnnjax.VanillaCell):
+    """Each unit of each sequence starts elsewhere."""
+
+    def initialize_carry(self, batch_shape=(), dtype=jnp.float32):
+        return jax.random.normal(jax.random.key(3), (*batch_shape, self.hidden_size), dtype)
+
+
+def test_steps_after_a_reset_start_from_the_carry_that_the_scan_starts_them_from():
+    cell = ScatteredCell(H)
+    params = cell.init(jax.random.key(0), D)
+    path = rnnjax.trajectory(cell, params, jnp.ones((T, B, D)), resets=RESETS)
+    expected = np.where(RESETS[..., None], cell.initialize_carry((B,)), path.carries[:-1])
+    np.testing.assert_array_equal(path.starts(cell), expected)
+
+
+def test_each_part_of_a_carry_keeps_its_dtype_where_it_is_reset():
+    example = (jnp.array(0, jnp.int32), jnp.array([0.5, 0.25], jnp.bfloat16))
+    cell = rnnjax.StepCell(lambda params, c, x: ((c[0] + 1, (params * c[1]).astype(jnp.bfloat16)), c[1]), example)
+    path = rnnjax.trajectory(cell, jnp.ones((), jnp.bfloat16), jnp.ones((3, 1)), resets=np.arange(3) == 2)
+    count, values = path.starts(cell)
+    assert (count.dtype, values.dtype) == (jnp.int32, jnp.bfloat16)
+    np.testing.assert_array_equal(count, [0, 1, 0])
+    np.testing.assert_array_equal(values[2].astype(np.float32), [0.5, 0.25])
+
+
 @pytest.mark.parametrize("name", ["vanilla", "gru", "lstm"])
 def test_a_batch_of_no_sequence_has_no_gradient(name):
     cell, params, inputs, _ = arrays(name, (0,), np.float32)

@@ -118,6 +118,12 @@ class AffineCell(Cell):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in ("apply", "hidden", "prepare_inputs", "recurrent_preactivation", "step"):
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__} must not define {name}: all that follows from pointwise would not know of it; "
+                    "a StepCell may be any function"
+                )
         jax.tree_util.register_static(cls)
 
     def __post_init__(self) -> None:
