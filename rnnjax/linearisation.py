@@ -70,12 +70,12 @@ class Linearisation:
 
         Args:
           reverse: whether the last step comes first.
-          after: what has to be there before it is made. XLA would copy the states as early as it can, and hold two
-            arrays of them through the backward scan. It goes by the data alone: barriers do not keep it from that.
+          after: what has to be there before it is made, on CPU. XLA would copy the states as early as it can, and hold
+            two arrays of them through the backward scan. It goes by the data alone: barriers do not keep it from that.
         """
         first = self.first[None]
         start: Any = int(reverse)
-        if after is not None and after.size:
+        if after is not None and after.size and jax.default_backend() == "cpu":
             number = after.reshape(-1)[0]
             start += ((number != number) & (number == number)).astype(int)  # 0, but XLA does not see that
         others = jax.lax.dynamic_slice_in_dim(self.hidden, start, len(self.hidden) - 1, allow_negative_indices=False)

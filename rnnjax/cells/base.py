@@ -99,7 +99,8 @@ class AffineCell(Cell):
 
     where unit j of the new carry depends on unit j of its arguments only. The carry's first leaf is the hidden state h:
     it is the output, and what U multiplies. A subclass sets ``num_gates``, and ``num_carries`` unless it is 1, and
-    writes ``pointwise``; Jacobians, fast training and monitoring follow.
+    writes ``pointwise``; Jacobians, fast training and monitoring follow. The other parts of a step are not for it to
+    replace (a TypeError says so): what follows would not know.
 
     Attributes:
       hidden_size: number of units H.
