@@ -170,7 +170,12 @@ def test_interrupted_training_leaves_readable_results(tmp_path):
         "--length=2",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", *arguments, f"--workdir={tmp_path / 'run'}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", *arguments, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that started the tests in the background has them, and what they start, ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = tmp_path / "run" / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
