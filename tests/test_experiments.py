@@ -17,6 +17,7 @@ from experiments import gradient_regimes, train
 from rnnjax.configuration import RunConfig
 from rnnjax.metrics import read_metrics
 from rnnjax.workdir import Workdir
+from tests.command_line import start
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = {"hidden_size": 4, "steps": 4, "batch_size": 4, "evaluate_every": 2, "monitor_every": 2}
@@ -161,22 +162,8 @@ def test_help_describes_every_flag():
 
 
 def test_interrupted_training_leaves_readable_results(tmp_path):
-    arguments = [
-        "experiments.train",
-        "--steps=100000",
-        "--hidden_size=4",
-        "--batch_size=4",
-        "--task=copy",
-        "--length=2",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments, f"--workdir={tmp_path / 'run'}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell that started the tests in the background has them, and what they start, ignore interrupts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    sizes = ("--hidden_size=4", "--batch_size=4", "--task=copy", "--length=2")
+    process = start("train", "--steps=100000", *sizes, f"--workdir={tmp_path / 'run'}")
     metrics = tmp_path / "run" / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and len(read_metrics(metrics)) > 20):
