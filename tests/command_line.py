@@ -11,16 +11,19 @@ ROOT = Path(__file__).parent.parent
 
 def start(experiment, *arguments):
     """Starts ``python -m experiments.EXPERIMENT`` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{experiment}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "100"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that started the tests in the background has them, and what they start, ignore interrupts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A shell that started the tests in the background has them, and what they start, ignore interrupts.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"experiments.{experiment}", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "100"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def command(experiment, *arguments):
