@@ -19,6 +19,7 @@ import numpy as np
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell
+from rnnjax.meshes import check_not_spread
 from rnnjax.typing import Array, Carry, Params
 from rnnjax.unroll import Trajectory, trajectory, unroll
 
@@ -126,6 +127,7 @@ def gradient_flow(
     """
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of the outputs, got {loss_fn!r}")
+    check_not_spread("inputs", inputs)
     controls: dict[str, Any] = {"lengths": lengths, "resets": resets}
     with jax.default_matmul_precision("highest"):
         _, outputs = unroll(cell, params, inputs, carry, truncation=truncation, **controls)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rnnjax import validation
 from rnnjax.cells import AffineCell, Cell, CellParams
+from rnnjax.meshes import check_not_spread
 from rnnjax.operators import Jacobians, LinearizedJacobians, check_finite
 from rnnjax.pointwise import PointwiseProgram
 from rnnjax.structured import StructuredJacobians
@@ -36,7 +37,7 @@ def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jac
       ``at_step``, in the dtype of the states (float32 for narrower ones). No matrix is formed.
 
     Raises:
-      ValueError: a state or a Jacobian that is not finite, with its step.
+      ValueError: a state or a Jacobian that is not finite, with its step; arrays spread over explicit axes of a mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnnjax
@@ -46,6 +47,7 @@ def jacobian_operator(cell: Cell, params: Params, trajectory: Trajectory) -> Jac
       >>> jacobians.shape, jacobians.at_step(6).times(jnp.ones((4, 1))).shape
       ((7, 4, 4), (4, 1))
     """
+    check_not_spread("trajectory", trajectory)
     # Not every derivative at NaN is NaN: a ReLU's may be 0.
     validation.finite_steps("state", jax.tree.map(lambda leaf: leaf[1:], trajectory.carries))
     params, trajectory = _at_least_float32((params, trajectory))
@@ -178,6 +180,7 @@ def step_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> Array:
 
     Source: R. Pascanu et al., On the difficulty of training recurrent neural networks, ICML 2013, equation 5.
     """
+    check_not_spread("trajectory", trajectory)
     params, trajectory = _at_least_float32((params, trajectory))
     if isinstance(cell, AffineCell):
         jacobians = _structured_step_jacobians(cell, params, trajectory)

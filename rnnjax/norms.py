@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnnjax import graded, lapack, products
+from rnnjax.meshes import check_not_spread
 from rnnjax.operators import Jacobians
 from rnnjax.typing import Array
 
@@ -92,6 +93,7 @@ def spectral_norm_profile(jacobians: Array | Jacobians) -> Array:
     Source: W. W. Bradbury & R. Fletcher, New iterative methods for solution of the eigenproblem, Numerische Mathematik
     9, 1966, applied to CᵀC.
     """
+    check_not_spread("jacobians", jacobians)
     return _norm_profile(products.checked_jacobians(jacobians))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from rnnjax import graded, lapack, validation
 from rnnjax.graded import Factors
+from rnnjax.meshes import check_not_spread
 from rnnjax.operators import DenseJacobians, Jacobians, check_finite, first_non_finite_step
 from rnnjax.typing import Array, DType
 
@@ -218,6 +219,7 @@ def factor_product(matrices: Array | Jacobians, *, dtype: DType | None = None) -
       >>> print(f"{product.log_abs_det:.2f} = 2000 ln 3")
       2197.22 = 2000 ln 3
     """
+    check_not_spread("matrices", matrices)
     jacobians = checked_jacobians(matrices)
     with factorization_precision(jacobians.dtype, dtype) as wide:
         return _factor_product(jacobians, wide)

@@ -15,6 +15,7 @@ from rnnjax.chunks import scan_chunks
 from rnnjax.controls import Controls, make_controls, where, without_padding
 from rnnjax.cotangents import clip_cotangent
 from rnnjax.linearisation import Sequence
+from rnnjax.meshes import on_any_mesh
 from rnnjax.typing import Array, Carry, DType, Params
 
 
@@ -127,7 +128,8 @@ def unroll(
         validation.finite(name, value)
     arrays = (params, inputs, carry, lengths, resets, perturbations)
     scan = _Scan(ScanSettings(reverse, compute_dtype), truncation, max_carry_gradient, checkpoint_every)
-    return _unroll(cell, scan, *arrays)
+    run = on_any_mesh(_unroll, jax.tree.leaves(inputs)[0], len(cell.batch_shape(inputs)), (False, True))
+    return run(cell, *arrays, scan=scan)
 
 
 def trajectory(
@@ -168,7 +170,8 @@ def trajectory(
     lengths, resets, inputs = _checked_controls(cell, inputs, lengths, resets)
     for name, value in (("params", params), ("inputs", inputs), ("carry", carry)):
         validation.finite(name, value)
-    carries, controls = _carries(cell, params, inputs, carry, lengths, resets)
+    run = on_any_mesh(_carries, jax.tree.leaves(inputs)[0], len(cell.batch_shape(inputs)), (True, True))
+    carries, controls = run(cell, params, inputs, carry, lengths, resets)
     # Without the carry before the first step, so that the index is that of the input that led to the state.
     validation.finite_steps("state", jax.tree.map(lambda leaf: leaf[1:], carries))
     return Trajectory(carries, inputs, controls.active, controls.reset)
@@ -206,13 +209,13 @@ class _Scan:
 @functools.partial(jax.jit, static_argnames="scan")
 def _unroll(
     cell: Cell,
-    scan: _Scan,
     params: Params,
     inputs: Any,
     carry: Carry | None,
     lengths: Array | None,
     resets: Array | None,
     perturbations: Any,
+    scan: _Scan,
 ) -> tuple[Carry, Any]:
     carry = _initial_carry(cell, params, inputs, carry)
     num_steps = jax.tree.leaves(inputs)[0].shape[0]

@@ -25,6 +25,7 @@ LAYOUT = [
     "rnnjax.cells.step",
     "rnnjax.cells",
     "rnnjax.cotangents",
+    "rnnjax.meshes",
     "rnnjax.chunks",
     "rnnjax.controls",
     "rnnjax.local_derivatives",
