@@ -61,7 +61,7 @@ def _is_number(value: Any) -> bool:
 
 def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
     """Returns ``value``, or raises ValueError that lists ``allowed`` and the nearest spelling."""
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:
         return value
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

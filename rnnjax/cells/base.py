@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rnnjax import validation
 from rnnjax.initializers import Glorot, Orthogonal, per_gate
+from rnnjax.settings import check_settings
 from rnnjax.typing import Array, Carry, DType, Initializer, Key, Params
 
 
@@ -100,7 +101,8 @@ class AffineCell(Cell):
     where unit j of the new carry depends on unit j of its arguments only. The carry's first leaf is the hidden state h:
     it is the output, and what U multiplies. A subclass sets ``num_gates``, and ``num_carries`` unless it is 1, and
     writes ``pointwise``; Jacobians, fast training and monitoring follow. The other parts of a step are not for it to
-    replace (a TypeError says so): what follows would not know.
+    replace (a TypeError says so): what follows would not know. Its settings are fields of a frozen dataclass, which can
+    be hashed and are compared: equal cells share one compiled program. Arrays belong in the weights.
 
     Attributes:
       hidden_size: number of units H.
@@ -174,6 +176,7 @@ class AffineCell(Cell):
           >>> params.input_kernel.shape, params.recurrent_kernel.shape, params.bias.shape
           ((2, 3, 4), (4, 3, 4), (3, 4))
         """
+        check_settings(self)
         validation.positive_integer("input_size", input_size)
         validation.floating_dtype("dtype", dtype)
         input_key, recurrent_key = jax.random.split(key)
@@ -241,6 +244,7 @@ class AffineCell(Cell):
         self._check_carry(params, carry, inputs.shape[:-1])
 
     def _check_params(self, params: CellParams) -> None:
+        check_settings(self)
         gates, hidden = self.num_gates, self.hidden_size
         if not isinstance(params, CellParams):
             raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from rnnjax import validation
+from rnnjax.settings import check_settings
 from rnnjax.typing import Array, Key
 
 EVALUATION_SIZE = 512
@@ -96,6 +97,7 @@ class Task(abc.ABC):
         Raises:
           ValueError: An argument is not a whole number in its range.
         """
+        check_settings(self)
         size = validation.positive_integer("batch_size", batch_size)
         step = _whole_number("step", step, largest=_EVALUATION_STEP - 1)
         return _training_batch(self, _step_key(seed, step), size)
@@ -119,6 +121,7 @@ class Task(abc.ABC):
         Raises:
           ValueError: ``seed`` is not a whole number in its range.
         """
+        check_settings(self)
         return _held_out_batch(self, _step_key(seed, _EVALUATION_STEP))
 
     def loss(self, outputs: Array, batch: Batch) -> Array:
