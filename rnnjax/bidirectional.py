@@ -128,6 +128,8 @@ def batch_major(run: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any,
         for leaf in jax.tree.leaves(inputs):
             if jnp.ndim(leaf) < 3:
                 raise ValueError(f"inputs must have a batch axis and a time axis, [B, T, ...], got {jnp.shape(leaf)}")
+        if options.get("resets") is not None:
+            options["resets"] = jnp.asarray(options["resets"], bool)
         options |= {name: swapped(options[name]) for name in ("resets", "perturbations") if name in options}
         carry, outputs = run(cell, params, swapped(inputs), *rest, **options)
         return carry, swapped(outputs)

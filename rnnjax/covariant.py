@@ -13,7 +13,7 @@ import numpy as np
 
 from rnnjax import lapack, validation
 from rnnjax.cells import Cell
-from rnnjax.frames import random_frame
+from rnnjax.frames import certainly_lost, random_frame
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.operators import Jacobians
 from rnnjax.typing import Array, Carry, Key, Params
@@ -148,8 +148,9 @@ def _frames(jacobians: Jacobians, frame: Array) -> tuple[Array, Array]:
     """Q_t ``[T, ..., S, k]`` and R_t ``[T, ..., k, k]`` of every step."""
 
     def step(frame: Array, time: Array) -> tuple[Array, tuple[Array, Array]]:
-        frame, triangle = lapack.qr(jacobians.at_step(time).times(frame))
-        return frame, (frame, triangle)
+        columns = jacobians.at_step(time).times(frame)
+        frame, triangle = lapack.qr(columns)
+        return frame, (frame, jnp.where(certainly_lost(columns)[..., None, :], 0, triangle))
 
     return jax.lax.scan(step, frame, jnp.arange(jacobians.shape[0]))[1]
 
@@ -159,8 +160,10 @@ def _turned_back(triangles: Array, end: Array) -> tuple[Array, Array]:
     """C_t with unit columns, and log‖J_t v_i(t−1)‖ = −log‖R_t^{−1} c_i(t)‖, from the last step to the first."""
 
     def step(after: Array, triangle: Array) -> tuple[Array, tuple[Array, Array]]:
-        before, lengths = _unit_columns(_solved(triangle, after))
-        return before, (after, -jnp.log(lengths))
+        # Column j is at most about 1 / min |R_ii|, i ≤ j, long; times that nothing overflows.
+        scales = jax.lax.cummin(jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1)), axis=triangle.ndim - 2)
+        before, lengths = _unit_columns(_solved(triangle, after * scales[..., None, :]))
+        return before, (after, jnp.log(scales) - jnp.log(lengths))
 
     start, _ = _unit_columns(
         jnp.broadcast_to(end.reshape((1,) * (triangles.ndim - 3) + end.shape), triangles.shape[1:])

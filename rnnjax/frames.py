@@ -83,9 +83,19 @@ def _frame_growth(jacobians: Jacobians, frame: Array, times: Array, backward: bo
     return jax.lax.scan(step, frame, times, reverse=backward)
 
 
+def certainly_lost(columns: Array) -> Array:
+    """Returns which columns ``[..., S, k]`` depend on those before for want of rows that are not zero, ``[..., k]``.
+
+    A QR factorisation leaves rounding on the diagonal there, not zero.
+    """
+    rank = jnp.any(columns != 0, axis=-1).sum(axis=-1, dtype=jnp.int32)
+    indices = jnp.arange(columns.shape[-1], dtype=jnp.int32)
+    return indices.reshape((1,) * rank.ndim + (-1,)) >= rank[..., None]
+
+
 def _orthonormal(columns: Array) -> tuple[Array, Array]:
     frame, triangle = lapack.qr(columns)
-    return frame, _log_diagonal(triangle)
+    return frame, jnp.where(certainly_lost(columns), -jnp.inf, _log_diagonal(triangle))
 
 
 def _log_diagonal(triangle: Array) -> Array:

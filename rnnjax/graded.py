@@ -95,9 +95,7 @@ def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condit
     Norms of inverses are taken from products with random signs z, as E‖A z‖² = ‖A‖_F².
     """
     live = log_scales > -jnp.inf
-    norms = jnp.where(live, jnp.sqrt(jnp.sum(columns**2, axis=0)), 0)
-    relative = jnp.abs(columns) / jnp.where(norms > 0, norms, 1)[None, :]
-    row_scales = jnp.where(live[None, :], relative, 0).max(axis=1)
+    norms, row_scales = _sizes(columns, live)
     pivots, norms = jnp.diagonal(factored.triangle), norms[factored.order]
     counts = live[factored.order] & (pivots != 0)
     signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (len(live), _PROBES)), columns.dtype)
@@ -111,6 +109,28 @@ def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condit
         pivots=_root_mean_square(solved) * norms / jnp.abs(jnp.where(counts, pivots, 1)),
         vanished=(live[factored.order] & (pivots == 0)).any(),
     )
+
+
+def diagonal_errors(factored: Triangular, columns: Array, log_scales: Array) -> Array:
+    """Returns about the relative error of each |R_ii| of orthogonalized columns, in units of rounding, ``[b]``.
+
+    Rows are as inaccurate as their scale allows, so that it is ‖(Qᵀ D)_i‖ c_i / |R_ii| for rows of scale D; 0 for the
+    columns of lost directions.
+    """
+    live = log_scales > -jnp.inf
+    norms, row_scales = _sizes(columns, live)
+    rows = factored.sorted_left * row_scales[factored.rows][:, None]
+    diagonal = jnp.diagonal(factored.triangle)
+    counts = live[factored.order] & (diagonal != 0)
+    errors = jnp.sqrt(jnp.sum(rows**2, axis=0)) * norms[factored.order] / jnp.abs(jnp.where(counts, diagonal, 1))
+    return jnp.where(counts, errors, 0)
+
+
+def _sizes(columns: Array, live: Array) -> tuple[Array, Array]:
+    """Returns the norms of the columns that count, and the largest entry of each row once those are scaled to 1."""
+    norms = jnp.where(live, jnp.sqrt(jnp.sum(columns**2, axis=0)), 0)
+    relative = jnp.abs(columns) / jnp.where(norms > 0, norms, 1)[None, :]
+    return norms, jnp.where(live[None, :], relative, 0).max(axis=1)
 
 
 def _root_mean_square(columns: Array) -> Array:

@@ -78,6 +78,7 @@ def linearized_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> 
       [[0.5]
        [0.5]]
     """
+    _check_real(trajectory.carries)
     before = jax.tree.map(lambda leaf: leaf[:-1], trajectory.carries)
     batch_shape = cell.batch_shape(trajectory.inputs)
     stepped, inputs = cell, trajectory.inputs
@@ -87,6 +88,13 @@ def linearized_jacobians(cell: Cell, params: Params, trajectory: Trajectory) -> 
         resets = jnp.zeros(shape, bool) if trajectory.resets is None else trajectory.resets
         stepped, inputs = cast(Cell, _Controlled(cell)), (inputs, active, resets)
     return LinearizedJacobians(stepped, params, before, inputs, 1 + len(batch_shape), validation.float64_enabled())
+
+
+def _check_real(carries: Carry) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(carries):
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+            name = f"carry{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} must hold real numbers (a complex one as two), got {leaf.dtype}")
 
 
 @flax.struct.dataclass

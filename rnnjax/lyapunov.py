@@ -117,6 +117,8 @@ def lyapunov_spectrum(
     R. Engelken, F. Wolf & L. F. Abbott, Lyapunov spectra of chaotic recurrent neural networks, 2023.
     """
     if resume is not None:
+        if not isinstance(resume, LyapunovResult):
+            raise ValueError(f"resume must be a LyapunovResult, got {type(resume).__name__}")
         _check_settled(carry, num_exponents, num_transient, num_state_transient, block_length, key)
         carry, block_length = resume.carry, resume.block_length
     inputs = _driving(cell, params, inputs, carry, num_steps)
@@ -255,13 +257,14 @@ def _summarized(logs: Array, size: int, **rest: Any) -> LyapunovResult:
     ordered = jnp.take_along_axis(logs, jnp.broadcast_to(order[None], logs.shape), axis=-1)
     local = ordered / jnp.asarray(lengths.reshape(-1, *(1,) * (logs.ndim - 1)), logs.dtype)
     exponents, half = ordered.sum(axis=0) / num_steps, len(logs) // 2
+    drift = ordered[half:].sum(axis=0) / int(lengths[half:].sum()) - exponents
     error = functools.partial(_standard_errors, num_steps=num_steps, block_length=block_length)
     dimension = functools.partial(kaplan_yorke_dimension, state_size=size)
     entropy_rate = functools.partial(_sum_of_positive, state_size=size)
     return LyapunovResult(
         exponents=exponents,
         standard_errors=error(jax.lax.stop_gradient(local)),
-        convergence_drift=ordered[half:].sum(axis=0) / int(lengths[half:].sum()) - exponents,
+        convergence_drift=jnp.where(jnp.isneginf(exponents), jnp.nan, drift),
         kaplan_yorke_dimension=dimension(exponents),
         kaplan_yorke_standard_error=error(_linear_part(dimension, exponents, local)),
         entropy_rate=entropy_rate(exponents),

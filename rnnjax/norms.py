@@ -112,8 +112,13 @@ def _norms_of_sequence(jacobians: Jacobians) -> Array:
     for width in (size >> halvings for halvings in range(1, _HALVINGS + 1)):
         if width >= _LEAST_WIDTH:
             state = _narrowed(jacobians, state, width)
-    state = jax.lax.while_loop(lambda s: s.lag < num_steps, lambda s: _some_lags(jacobians, s), state)
+    state = jax.lax.while_loop(lambda s: _unfinished(s, num_steps), lambda s: _some_lags(jacobians, s), state)
     return state.norms[:num_steps]
+
+
+def _unfinished(state: _Growing, num_steps: int) -> Array:
+    # In rounds of lags: XLA on CPU would leave out a loop of "i < 1, i += 16" (jaxlib 0.10.2).
+    return state.lag // _LAGS_TOGETHER < -(-num_steps // _LAGS_TOGETHER)
 
 
 def _narrowed(jacobians: Jacobians, state: _Growing, width: int) -> _Growing:
@@ -124,7 +129,7 @@ def _narrowed(jacobians: Jacobians, state: _Growing, width: int) -> _Growing:
     def unfinished(current: tuple[_Growing, Array]) -> Array:
         grown, rotated = current
         fits = jnp.sum(rotated[:, width:] ** 2) <= epsilon**2 * jnp.sum(rotated**2)
-        return (grown.lag < num_steps) & ~fits
+        return _unfinished(grown, num_steps) & ~fits
 
     def more_lags(current: tuple[_Growing, Array]) -> tuple[_Growing, Array]:
         grown = _some_lags(jacobians, current[0])

@@ -165,7 +165,9 @@ class LinearizedJacobians:
             flat, unravel = ravel_pytree(carry)
 
             def next_state(state: Array) -> Array:
-                return ravel_pytree(self.cell.apply(self.params, unravel(state), inputs)[0])[0]
+                # A whole number, of a random key for one, might not survive as a floating-point one.
+                start = jax.tree.map(_if_floating, unravel(state), carry)
+                return ravel_pytree(self.cell.apply(self.params, start, inputs)[0])[0]
 
             return function(next_state, flat, *own)
 
@@ -173,6 +175,10 @@ class LinearizedJacobians:
             single = jax.vmap(single)
         with jax.default_matmul_precision("highest"), jax.enable_x64(self.x64):
             return single(self.carries, self.inputs, *arrays)
+
+
+def _if_floating(moved: Array, fixed: Array) -> Array:
+    return moved if jnp.issubdtype(fixed.dtype, jnp.floating) else fixed
 
 
 Jacobians = StructuredJacobians | DenseJacobians | LinearizedJacobians

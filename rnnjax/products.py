@@ -168,7 +168,7 @@ class Chain:
         taken_back = dataclasses.replace(steps, block=shorter, num_factorizations=steps.num_factorizations + 1)
 
         def accept() -> Steps:
-            error = (self._epsilon() * condition.pivots) ** 2 * (count + 1).astype(scales.dtype)
+            error = (self.epsilon() * condition.pivots) ** 2 * (count + 1).astype(scales.dtype)
             return Steps(
                 graded.regraded(factored, steps.factors),
                 scales,
@@ -191,7 +191,8 @@ class Chain:
         steps = jnp.floor(_MARGIN * np.log(self.limit) / jnp.maximum(per_step, 1e-3))
         return jnp.clip(jnp.nan_to_num(steps, nan=1.0), 0, 2 * _MOST_STEPS).astype(jnp.int32)
 
-    def _epsilon(self) -> float:
+    def epsilon(self) -> float:
+        """Returns the rounding unit of the dtype to work in."""
         return float(jnp.finfo(self.jacobians.dtype).eps)
 
 

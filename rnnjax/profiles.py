@@ -1,5 +1,6 @@
 """How singular values shrink or grow with the lag, and between any two times."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 
 from rnnjax import graded, products, validation
 from rnnjax.cells import AffineCell, Cell
-from rnnjax.graded import Factors
 from rnnjax.jacobi import log_singular_values_of_rows
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.operators import Jacobians, first_non_finite_step
@@ -217,22 +217,30 @@ def _as_sequence(name: str, values: Any) -> Sequence[Any]:
     return values
 
 
-def _at(chain: Chain, steps: Steps, end: Array, mask: Array) -> tuple[Steps, Factors]:
-    """Returns the product up to A_{end − 1}, and the factors of A_end … A_1 with rows outside ``mask`` zero."""
+def _at(chain: Chain, steps: Steps, end: Array, mask: Array) -> tuple[Steps, Steps]:
+    """Returns the product up to A_{end − 1}, and A_end … A_1 orthogonalized, with rows outside ``mask`` zero."""
     steps = chain.advanced(steps, end - 1)
     columns = jnp.where(mask[:, None], chain.columns(steps, 1), 0)
     factored = graded.orthogonalized(columns, steps.factors.log_scales)
-    return steps, graded.regraded(factored, steps.factors)
+    own = chain.epsilon() * graded.diagonal_errors(factored, columns, steps.factors.log_scales)
+    whole = dataclasses.replace(
+        steps,
+        factors=graded.regraded(factored, steps.factors),
+        num_factorizations=steps.num_factorizations + 1,
+        squared_error=steps.squared_error[factored.order] + len(columns) * own**2,
+    )
+    return steps, whole
 
 
-def _spectrum(steps: Steps, factors: Factors, own: DType, finite: Array) -> dict[str, Array]:
+def _spectrum(whole: Steps, own: DType, finite: Array) -> dict[str, Array]:
     """Returns log σ, NaN unless all Jacobians are finite, error estimates and counts."""
+    factors = whole.factors
     scales = jnp.where(finite, factors.log_scales, jnp.nan)
     values, sweeps = log_singular_values_of_rows(scales, factors.remainder, factors.right)
     return {
         "log_singular_values": values.astype(own),
-        "error_estimate": products.error_estimate(steps, values, own),
-        "num_factorizations": steps.num_factorizations + 1,
+        "error_estimate": products.error_estimate(whole, values, own),
+        "num_factorizations": whole.num_factorizations,
         "num_sweeps": sweeps,
     }
 
@@ -247,8 +255,8 @@ def _profile(jacobians: Jacobians, lags: Array, mask: Array, wide: DType) -> Spe
         chain = Chain(sequence.astype(wide), True, products.condition_limit(own, wide))
 
         def at_lag(steps: Steps, lag: Array) -> tuple[Steps, dict[str, Array]]:
-            steps, factors = _at(chain, steps, lag, mask)
-            return steps, _spectrum(steps, factors, own, finite)
+            steps, whole = _at(chain, steps, lag, mask)
+            return steps, _spectrum(whole, own, finite)
 
         _, results = jax.lax.scan(at_lag, chain.start(mask), lags)
         return results | {"log_abs_det": chain.log_abs_dets()[lags - 1].astype(own)}
@@ -271,8 +279,8 @@ def _grid(jacobians: Jacobians, times: Array, mask: Array, wide: DType) -> Spect
             first, last = pair
 
             def pending() -> tuple[Steps, dict[str, Array]]:
-                at_last, factors = _at(chain, steps, last, mask)
-                spectrum = _spectrum(at_last, factors, own, finite)
+                at_last, whole = _at(chain, steps, last, mask)
+                spectrum = _spectrum(whole, own, finite)
                 return at_last, {name: spectrum[name] for name in ("log_singular_values", "error_estimate")}
 
             nothing = jnp.full(len(mask), jnp.nan, own)

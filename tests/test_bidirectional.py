@@ -98,7 +98,7 @@ def test_batch_major(run):
     cell, pair, inputs, _ = problem("lstm", np.float32)
     params = pair if run is unroll_bidirectional else pair[0]
     carry, outputs = run(cell, params, inputs, lengths=LENGTHS, resets=RESETS)
-    swapped = batch_major(run)(cell, params, jnp.swapaxes(inputs, 0, 1), lengths=LENGTHS, resets=RESETS.T)
+    swapped = batch_major(run)(cell, params, jnp.swapaxes(inputs, 0, 1), lengths=LENGTHS, resets=RESETS.T.tolist())
     for a, b in zip(jax.tree.leaves(swapped), jax.tree.leaves((carry, jnp.swapaxes(outputs, 0, 1))), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="inputs must have a batch axis"):

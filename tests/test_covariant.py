@@ -129,6 +129,30 @@ def test_lost_rank_is_named_by_its_step():
         chain_vectors(chain)
 
 
+def test_rank_lost_by_a_dead_unit_is_named():
+    cell = rnnjax.VanillaCell(4, activation="relu")
+    params = cell.init(jax.random.key(0), 1).replace(bias=jnp.ones((1, 4)).at[0, 0].set(-100.0))
+    with pytest.raises(ValueError, match=r"got a loss at time step 0$"):
+        covariant_vectors(cell, params, jnp.zeros((20, 1)))
+
+
+@pytest.mark.parametrize(("bias", "dtype"), [(25.0, "float32"), (40.0, "float32"), (180.0, "float64")])
+def test_saturated_units_leave_vectors_finite_and_exponents_exact(bias, dtype):
+    """The unit's slope, down to 4 e^(−2 · 180), has no square, nor has its inverse."""
+    with jax.enable_x64(dtype == "float64"):
+        cell = rnnjax.VanillaCell(3)
+        params = cell.init(jax.random.key(0), 1, dtype).replace(bias=jnp.array([[0, 0.3, bias]], dtype))
+        inputs = jnp.zeros((60, 1), dtype)
+        result = covariant_vectors(cell, params, inputs, num_transient=10, num_backward_transient=10)
+        jacobians = np.asarray(rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs)), float)
+    np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=-2), 1, rtol=1e-5)
+    frame, logs = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0], []
+    for jacobian in jacobians:
+        frame, triangle = np.linalg.qr(jacobian @ frame)
+        logs.append(np.log(abs(np.diag(triangle))))
+    np.testing.assert_allclose(result.exponents, np.mean(logs[10:50], axis=0), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

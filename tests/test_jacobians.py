@@ -298,3 +298,36 @@ def test_a_carry_of_several_dtypes_has_jacobians():
     with jax.numpy_dtype_promotion("standard"):  # the state is one vector
         jacobians = rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs))
     np.testing.assert_array_equal(np.asarray(jacobians, np.float32), np.broadcast_to(np.diag([0, 2, 2]), (3, 3, 3)))
+
+
+def test_whole_numbers_in_a_carry_stay_as_they_are():
+    """A random key and a count of more than 24 bits; float32 would hold neither."""
+
+    def step(weights, carry, inputs):
+        hidden, key, count = carry
+        key, own = jax.random.split(key)
+        drive = weights @ hidden + inputs + jax.random.normal(own, hidden.shape, hidden.dtype)
+        after = jnp.tanh(drive) * jnp.where(count % 2 == 0, 1.0, 0.1).astype(hidden.dtype)
+        return (after, key, count + 1), hidden
+
+    example = (jnp.zeros(2), jax.random.PRNGKey(0), jnp.array(2**24, jnp.int32))
+    cell, weights, inputs = rnnjax.StepCell(step, example), jnp.array([[1.2, 0.3], [-0.4, 0.8]]), jnp.ones((5, 2))
+    path = rnnjax.trajectory(cell, weights, inputs)
+    with jax.numpy_dtype_promotion("standard"):  # the state is one vector
+        jacobians = rnnjax.step_jacobians(cell, weights, path)
+        products = jacobian_operator(cell, weights, path).times(jnp.broadcast_to(jnp.eye(5), (5, 5, 5)))
+    for t in range(5):
+        hidden, key, count = (leaf[t] for leaf in path.carries)
+        exact = jax.jacrev(lambda h, k=key, n=count, x=inputs[t]: step(weights, (h, k, n), x)[0][0])(hidden)
+        for found in (jacobians[t], products[t]):
+            np.testing.assert_allclose(found[:2, :2], exact, rtol=1e-5)
+            assert not found[2:].any() and not found[:, 2:].any()
+
+
+def test_complex_carries_are_refused():
+    cell = rnnjax.StepCell(lambda params, c, x: ({"z": -c["z"]}, c), {"z": jnp.zeros(1, jnp.complex64)})
+    path = rnnjax.trajectory(cell, jnp.ones(()), jnp.zeros((3, 1)))
+    message = r"^carry\['z'\] must hold real numbers \(a complex one as two\), got complex64"
+    for take in (rnnjax.step_jacobians, rnnjax.autodiff_step_jacobians, jacobian_operator):
+        with pytest.raises(ValueError, match=message):
+            take(cell, jnp.ones(()), path)

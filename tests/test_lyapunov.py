@@ -367,6 +367,8 @@ def test_resumed_runs_are_one_run(stops):
 )
 def test_resume_settles_the_other_options(options):
     result = chain_spectrum(rotations([1.0] * 5))
+    with pytest.raises(ValueError, match=r"^resume must be a LyapunovResult, got int$"):
+        lyapunov_spectrum(rnnjax.VanillaCell(2), None, num_steps=5, resume=3)
     with pytest.raises(ValueError, match=r"^resume settles every option but inputs and num_steps"):
         chain_spectrum(rotations([1.0] * 5), resume=result, **options)
 
@@ -584,3 +586,29 @@ def test_growth_between_boundaries_is_that_of_a_qr_at_every_step(backward, dtype
         np.testing.assert_allclose(jnp.abs(ours), jnp.abs(theirs), atol=limit)  # signs of columns are free
     gradients = (jax.grad(lambda steps, f=f: (f(steps)[1] ** 2).sum())(taken) for f in (in_blocks, by_steps))
     np.testing.assert_allclose(*gradients, rtol=100 * limit, atol=100 * limit)
+
+
+@pytest.mark.parametrize("block_length", [None, 1, 2])
+@pytest.mark.parametrize(("size", "dead"), [(4, (0,)), (4, (3,)), (8, (0, 5))])
+def test_dead_units_lose_exactly_their_directions_whatever_the_blocks(size, dead, block_length):
+    """At the first step for want of a direction to come from, too: a dead unit has neither slope nor influence."""
+    cell = rnnjax.VanillaCell(size, activation="relu")
+    params = cell.init(jax.random.key(0), 1)
+    params = params.replace(bias=jnp.ones((1, size)).at[0, jnp.array(dead)].set(-100.0))
+    for num_steps in (30, 100):
+        found = lyapunov_spectrum(cell, params, jnp.zeros((num_steps, 1)), block_length=block_length)
+        lost = np.isneginf(found.exponents)
+        path = rnnjax.trajectory(cell, params, jnp.zeros((num_steps, 1)))
+        rank = min(np.linalg.matrix_rank(jacobian) for jacobian in rnnjax.step_jacobians(cell, params, path))
+        np.testing.assert_array_equal(lost, np.arange(size) >= rank)
+        np.testing.assert_array_equal(np.isnan(found.convergence_drift), lost)
+
+
+@pytest.mark.parametrize("lost_at", [3, 30])
+def test_nothing_is_said_of_the_convergence_of_a_direction_that_is_lost(lost_at):
+    matrices = np.random.default_rng(0).normal(size=(40, 2, 2)).astype("float32")
+    matrices[lost_at, 1] = 0
+    result = chain_spectrum(matrices, block_length=4)
+    np.testing.assert_array_equal(np.isneginf(result.exponents), [False, True])
+    np.testing.assert_array_equal(np.isnan(result.convergence_drift), [False, True])
+    np.testing.assert_array_equal(np.isnan(result.standard_errors), [False, True])

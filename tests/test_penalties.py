@@ -136,6 +136,25 @@ def test_flossing_takes_the_exponents_of_a_qr_at_every_step(kind):
     np.testing.assert_allclose(found, 2 * np.mean(terms), rtol=1e-9)
 
 
+@pytest.mark.parametrize(("bias", "dtype"), [(23.0, "float32"), (40.0, "float32"), (190.0, "float64")])
+def test_flossing_of_saturated_units_counts_directions_whose_squares_underflow(bias, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        cell, inputs = rnnjax.VanillaCell(4), jnp.zeros((20, 1), dtype)
+        params = cell.init(jax.random.key(0), 1, dtype)
+        params = params.replace(bias=bias + jnp.arange(4, dtype=dtype)[None] / 10)
+        penalty = rnnjax.GradientFlossing(num_exponents=2)
+        found, gradient = jax.value_and_grad(lambda params: penalty(cell, params, inputs))(params)
+        jacobians = rnnjax.step_jacobians(cell, params, rnnjax.trajectory(cell, params, inputs))
+        frame = np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(0), (4, 2), dtype), float))[0]
+    logs = []
+    for jacobian in np.asarray(jacobians, float):
+        frame, triangle = np.linalg.qr(jacobian / abs(jacobian).max() @ frame)
+        logs.append(np.log(abs(np.diag(triangle))) + np.log(abs(jacobian).max()))
+    np.testing.assert_allclose(found, np.mean(np.mean(logs, axis=0) ** 2), rtol=1e-5)
+    # log R falls by 2 for each unit of a bias at most: −2 · λ · 2 is the sum over the units at most.
+    assert 0 < np.asarray(gradient.bias).sum() <= -4 * np.mean(logs) * 1.1
+
+
 def test_lost_directions_do_not_count_and_leave_gradients_finite():
     """ReLUs that are dead: of three directions one survives, at the exponent ln ½."""
     cell = rnnjax.VanillaCell(3, activation="relu", recurrent_initializer=rnnjax.initializers.Identity(0.5))
@@ -196,3 +215,13 @@ def test_bad_arguments_are_named():
         rnnjax.VanishingGradientPenalty()(cell, params, jnp.ones((T, D)), hidden_gradients=jnp.ones((T - 1, H)))
     with pytest.raises(ValueError, match=r"num_exponents must be a whole number in \[1, 3\], got 4"):
         rnnjax.GradientFlossing(num_exponents=4)(cell, params, jnp.ones((T, D)))
+    bad = jnp.ones((T, 5, D))
+    for options, message in (
+        ({"lengths": [1, 2, 3, 1, T + 1]}, "lengths"),  # of a sequence that would not be taken
+        ({"lengths": [1, 2, 3, 1, 2, 2]}, "lengths"),
+        ({"resets": [[True] * 4] * T}, r"resets must have shape \(9, 5\), got \(9, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rnnjax.GradientFlossing(num_exponents=2)(cell, params, bad, **options)
+    listed = rnnjax.GradientFlossing(num_exponents=2)(cell, params, bad, resets=[[False] * 5] * T)
+    assert listed == rnnjax.GradientFlossing(num_exponents=2)(cell, params, bad, resets=jnp.zeros((T, 5), bool))

@@ -198,6 +198,17 @@ def test_norm_at_every_lag_of_wide_states(size, dtype):
     np.testing.assert_allclose(norms, expected, atol=1e-4 if dtype == np.float32 else 1e-8)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_norm_of_few_steps_is_that_of_their_product(size, num_steps):
+    steps = np.random.default_rng(num_steps).normal(size=(num_steps, size, size)) / size**0.5
+    with jax.enable_x64(True):
+        found, product = rnnjax.spectral_norm_profile(jnp.asarray(steps)), np.eye(size)
+    for lag in range(num_steps):
+        product = product @ steps[num_steps - 1 - lag]
+        np.testing.assert_allclose(found[lag], np.log(np.linalg.norm(product, 2)), atol=1e-6)
+
+
 def test_norm_where_another_direction_takes_the_lead():
     shrinking = jnp.concatenate([jnp.full(9, 0.9), jnp.full(1, 0.8), jnp.full(20, 0.7)])
     growing = jnp.concatenate([jnp.full(29, 0.2), jnp.full(1, 1.1)])
@@ -247,3 +258,22 @@ def test_parts_of_a_state_of_many_carries():
         np.testing.assert_allclose(np.exp(part[:2]), expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"block must be one of .*\[2\]"):
         rnnjax.spectral_profile(cell, params, inputs, block="c")
+
+
+def test_error_estimates_hold_at_short_lags_of_ill_conditioned_steps():
+    """No product has settled there: the error is that of the last step and its factorisation, κ up to 1e12."""
+    rng, size, errors, estimates = np.random.default_rng(0), 6, [], []
+    with jax.enable_x64(True):
+        step = lambda steps, h, x: (jnp.matmul(steps[x[0].astype(int)], h, precision="highest"), h)  # noqa: E731
+        cell, times = rnnjax.StepCell(step, jnp.zeros(size)), jnp.arange(2.0)[:, None]
+        for _ in range(25):
+            values = 10.0 ** -rng.uniform(0, 12, (2, size))
+            left, right = (np.linalg.qr(rng.normal(size=(2, size, size)))[0] for _ in range(2))
+            steps = left * values[:, None] @ right
+            profile = rnnjax.spectral_profile(cell, jnp.asarray(steps), times)
+            grid = rnnjax.spectral_grid(cell, jnp.asarray(steps), times, times=[0, 1, 2])
+            for result, pair in ((profile, (0,)), (profile, (1,)), (grid, (2, 1)), (grid, (2, 0))):
+                exact = testing.exact_log_singular_values(steps if pair in ((1,), (2, 0)) else steps[1:])
+                errors.append(abs(np.asarray(result.log_singular_values[pair]) - exact))
+                estimates.append(np.asarray(result.error_estimate[pair]))
+    assert np.mean(np.array(errors) > np.array(estimates)) < 0.01
