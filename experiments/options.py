@@ -118,6 +118,11 @@ def check_new_figure(name: str, path: str) -> None:
     check_packages("", tensorboard=False)
     if not path.endswith(".png") or Path(path).exists() or not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{name} must be a new file ending in .png in a directory that is there, got {path!r}")
+    try:
+        Path(path).touch(exist_ok=False)
+        Path(path).unlink()
+    except OSError as error:
+        raise ValueError(f"{name} must be a file that can be written, got {path!r} ({error.strerror})") from None
 
 
 def _descriptions() -> dict[str, str]:

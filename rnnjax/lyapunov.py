@@ -88,7 +88,8 @@ def lyapunov_spectrum(
       cell: any cell.
       params: its weights.
       inputs: ``[T, ..., D]``, time-major; None for an autonomous network: zeros, of one feature for a ``StepCell``.
-      carry: the carry before the first step; ``cell.initialize_carry`` by default.
+      carry: the carry before the first step; ``cell.initialize_carry`` by default. Without inputs and biases that is a
+        fixed point of most cells, stable or not, and its exponents are what comes back: give another.
       num_steps: T of an autonomous network.
       num_exponents: k, at most the state size S; all S by default.
       num_transient: steps at the start in which state and frame settle, and which do not count.

@@ -113,7 +113,7 @@ class Monitor:
           hidden_gradient_norms: ``[L, T]``, from the training step on the same batch.
 
         Returns:
-          The ``Reading``; entries that overflowed are NaN or infinite.
+          The ``Reading``; entries that overflowed are NaN or infinite, those of sequences with states that did NaN.
         """
         few = [LayerView(layer.cell, layer.params, layer.inputs[:, : self.num_sequences]) for layer in layers]
         measured = _measure(few, self.num_exponents)
@@ -144,11 +144,22 @@ def _measure_layer(layer: LayerView, num_exponents: int) -> dict[str, Array]:
     jacobians = jacobian_operator(layer.cell, layer.params, path)
     assert isinstance(jacobians, StructuredJacobians)  # as those of every affine cell
     exponents = finite_time_exponents(jacobians, min(num_exponents, jacobians.shape[-1]))
+    # Not every derivative at NaN is NaN: a ReLU's is 0, and would look like a gradient that vanishes.
+    finite = functools.reduce(jnp.logical_and, (_finite_sequences(leaf) for leaf in jax.tree.leaves(path.carries)))
+
+    def where_finite(values: Array) -> Array:
+        return jnp.where(jnp.broadcast_to(finite[None], values.shape), values, jnp.nan)
+
     return {
-        "log_spectral_norms": spectral_norm_profile(jacobians),
-        "finite_time_exponents": jnp.moveaxis(exponents, -1, 0),
-        "saturated_share": saturated_and_dead(layer.cell, jacobians)[0],
+        "log_spectral_norms": where_finite(spectral_norm_profile(jacobians)),
+        "finite_time_exponents": where_finite(jnp.moveaxis(exponents, -1, 0)),
+        "saturated_share": jnp.where(finite.all(), saturated_and_dead(layer.cell, jacobians)[0], jnp.nan),
     }
+
+
+def _finite_sequences(states: Array) -> Array:
+    """Returns for each sequence of ``[T + 1, n, H]`` whether all its states are finite, bool ``[n]``."""
+    return jnp.isfinite(states).all(axis=(0, 2))
 
 
 def _kernel_spectra(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -54,6 +54,7 @@ LAYOUT = [
     "rnnjax.covariant",
     "rnnjax.alignment",
     "rnnjax.gradient_flow",
+    "rnnjax.quadrature",
     "rnnjax.mean_field",
     "rnnjax.diagnosis",
     "rnnjax.clipping",

@@ -7,6 +7,7 @@ import jax
 import mpmath
 import numpy as np
 import pytest
+from scipy import integrate, linalg, optimize
 
 from rnnjax import mean_field
 from rnnjax.activations import ACTIVATIONS
@@ -81,6 +82,49 @@ def test_share_of_growing_directions_solves_the_equation_in_mpmath(gain):
             return mpmath.sqrt(strength / (strength * share + mpmath.exp(2 * exponent)))
 
         assert float(mean_square(root_of_kernel, deviation)) == pytest.approx(1, abs=1e-4)
+
+
+LOG_SLOPES = {
+    "tanh": lambda x: 2 * (math.log(2) - x - np.log1p(np.exp(-2 * x))),
+    "sigmoid": lambda x: -x - 2 * np.log1p(np.exp(-x)),
+}
+
+
+@pytest.mark.parametrize(
+    ("activation", "gain", "rtol"),
+    [("tanh", 20, 1e-4), ("tanh", 40, 1e-4), ("tanh", 300, 2e-4), ("tanh", 1000, 1e-3), ("sigmoid", 1000, 2e-4)],
+)
+def test_spectrum_of_saturated_units_solves_its_equation_in_logarithms(activation, gain, rtol):
+    """E[1/(x + e^(2λ)/(g² φ'²))] = 1 by the trapezoidal rule, for φ'² far below the smallest float64."""
+    function = {"tanh": mpmath.tanh, "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x))}[activation]
+    excess = lambda q: gain**2 * mean_square(function, mpmath.sqrt(q)) - q  # noqa: E731
+    q = float(mpmath.findroot(excess, (0.3 * gain**2, gain**2)))
+    z = np.linspace(0, 12, 200_001)
+    weights = np.exp(-z * z / 2)
+    weights[0] /= 2
+    weights /= weights.sum()
+    log_squares = 2 * (math.log(gain) + LOG_SLOPES[activation](math.sqrt(q) * z))
+
+    def exact_exponent(share):
+        def excess(exponent):
+            return weights @ (1 / (share + np.exp(np.minimum(2 * exponent - log_squares, 700)))) - 1
+
+        return optimize.brentq(excess, log_squares[-1] / 2, log_squares[0] / 2 + 5)
+
+    exponents = RandomNetwork(gain, activation).lyapunov_exponents(20)
+    exact = [exact_exponent((i + 0.5) / 20) for i in (0, 3, 10, 15, 17, 19)]
+    np.testing.assert_allclose(exponents[[0, 3, 10, 15, 17, 19]], exact, rtol=rtol)
+
+
+def test_flat_ends_lose_exactly_their_share_of_the_rank():
+    """φ = x clipped to ±1 has φ'² = 1 on the share p = P(|r| < 1): e^(2λ) = g² (p − x), as for ReLU."""
+    q = mpmath.findroot(lambda q: 9 * mean_square(lambda x: max(-1, min(1, x)), mpmath.sqrt(q)) - q, (4, 9))
+    share = float(mpmath.erf(1 / mpmath.sqrt(2 * q)))
+    exponents = RandomNetwork(3.0, lambda x: jax.numpy.clip(x, -1, 1)).lyapunov_exponents(100)
+    shares = (np.arange(100) + 0.5) / 100
+    alive = shares < share
+    np.testing.assert_allclose(exponents[alive], 0.5 * np.log(9 * (share - shares[alive])), atol=1e-3)
+    assert (exponents[~alive] == -math.inf).all()
 
 
 def test_published_values_of_the_tanh_network():
@@ -215,6 +259,40 @@ def test_largest_leaky_exponent_agrees_with_simulation(gain, leak):
     assert np.mean(runs) == pytest.approx(
         RandomNetwork(gain, leak=leak).largest_exponent, abs=3 * standard_error + bias
     )
+
+
+@functools.cache
+def exponent_in_continuous_time(gain):
+    """λ₁ of dr/dt = −r + g W φ(r) for φ = erf(√π r / 2), where E[φ φ] = (2/π) arcsin(b C), b = (π/2)/(1 + π C(0)/2).
+
+    C'' = C − g² E[φ φ] conserves C'² − C² + 2 g² ∫ E[φ φ] dC, so C(0) follows, and C by C' alone. Perturbations grow by
+    λ₁ with 1 − (1 + λ₁)² the lowest level of −d²/dτ² + 1 − g² E[φ' φ'] (Sompolinsky, Crisanti & Sommers 1988).
+    """
+    scale = lambda start: math.pi / 2 / (1 + math.pi * start / 2)  # noqa: E731
+
+    def squared_speed(c, b):
+        return c**2 - 4 * gain**2 / (math.pi * b) * (b * c * np.arcsin(b * c) + np.sqrt(1 - (b * c) ** 2) - 1)
+
+    start = optimize.brentq(lambda c: squared_speed(c, scale(c)), 0.05, gain**2, xtol=1e-14)
+    b, step, early = scale(start), 0.002, 1e-3
+    fall = gain**2 * 2 / math.pi * math.asin(b * start) - start
+    times = (np.arange(12_000) + 0.5) * step
+    speed = lambda _, c: -np.sqrt(np.maximum(squared_speed(c, b), 0))  # noqa: E731
+    path = integrate.solve_ivp(
+        speed, (early, times[-1]), [start - fall * early**2 / 2], t_eval=times, rtol=1e-9, atol=1e-12
+    )
+    slopes = gain**2 * 2 / math.pi * b / np.sqrt(1 - (b * path.y[0]) ** 2)
+    diagonal = 2 / step**2 + 1 - slopes
+    diagonal[0] -= 1 / step**2  # ψ is even.
+    coupling = np.full(len(times) - 1, -1 / step**2)
+    level = linalg.eigh_tridiagonal(diagonal, coupling, eigvals_only=True, select="i", select_range=(0, 0))[0]
+    return math.sqrt(1 - level) - 1
+
+
+@pytest.mark.parametrize(("gain", "leak"), [(2.0, 1e-4), (2.0, 1e-6), (4.0, 1e-5)])
+def test_small_leaks_reach_the_exponent_in_continuous_time(gain, leak):
+    network = RandomNetwork(gain, lambda x: jax.lax.erf(x * (math.sqrt(math.pi) / 2)), leak=leak)
+    assert network.largest_exponent / leak == pytest.approx(exponent_in_continuous_time(gain), rel=1e-4)
 
 
 def test_leaky_chaos_joins_the_vanilla_network_and_the_critical_line():

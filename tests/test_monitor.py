@@ -193,3 +193,16 @@ def test_due_steps():
 def test_impossible_settings(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be a positive integer"):
         Monitor(**{name: value})
+
+
+@pytest.mark.parametrize(("num_steps", "finite"), [(20, True), (60, False)])
+def test_states_that_overflow_are_not_taken_for_a_gradient_that_vanishes(num_steps, finite):
+    """The derivative of a ReLU at NaN is 0."""
+    cell = rnnjax.VanillaCell(8, activation="relu", recurrent_initializer=rnnjax.initializers.Identity(10.0))
+    params = cell.init(jax.random.key(0), input_size=2)
+    inputs = jnp.abs(jax.random.normal(jax.random.key(1), (num_steps, 4, 2)))
+    assert bool(jnp.isfinite(rnnjax.unroll(cell, params, inputs)[1]).all()) == finite
+    reading = MONITOR.measure([LayerView(cell, params, inputs)], jnp.ones((1, num_steps)))
+    assert reading.regimes()[0].name == ("exploding" if finite else "non-finite")
+    for values in (reading.log_spectral_norms, reading.finite_time_exponents, reading.saturated_share):
+        assert np.isnan(values).all() != finite

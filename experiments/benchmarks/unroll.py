@@ -100,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
         options.no_arguments(argv)
         sizes = [_sizes(text) for text in FLAGS.sizes]
         repeats = options.positive_integer("repeats", FLAGS.repeats)
+        if not any(map(peers.is_installed, FLAGS.contestants)):
+            raise ValueError(f"contestants must be installed, one of them at least, got {FLAGS.contestants}")
         if FLAGS.figure:
             options.check_new_figure("figure", FLAGS.figure)
     measured = []
