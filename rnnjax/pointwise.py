@@ -6,10 +6,12 @@ value and all derivatives of a step cost one tanh over all gates and a few produ
 for all steps at once, in the Jacobians.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from rnnjax import activations
@@ -55,7 +57,7 @@ class PointwiseProgram:
                     f"pointwise of {type(cell).__name__} must return arrays as it is given them, unit by unit, "
                     f"{like.dtype}{list(like.shape)}, got {result.dtype}{list(result.shape)} for carry {place}"
                 )
-        self.exact = exact
+        self.cell, self.dtype, self.exact = cell, dtype, exact
         self.jaxpr = traced.jaxpr
         self.constants = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
         variables = traced.jaxpr.invars
@@ -113,7 +115,16 @@ class PointwiseProgram:
     def value_and_derivatives(
         self, carry: list[Array], inputs: Array, recurrent: Array
     ) -> tuple[list[Array], LocalDerivatives]:
-        """Returns the new carry and its derivatives."""
+        """Returns the new carry and its derivatives.
+
+        Raises:
+          ValueError: units that depend on one another within a step, in a cell of a user's own.
+        """
+        if not type(self.cell).__module__.startswith("rnnjax.") and not _units_are_apart(self.cell, self.dtype):
+            raise ValueError(
+                f"pointwise of {type(self.cell).__name__} must treat each unit on its own: no mean, softmax or product "
+                "over units, which a StepCell may have"
+            )
         known, slopes = self._bound(carry, inputs, recurrent)
         rows: dict[int, dict[Any, Array]] = {}
         order = self._order()
@@ -216,6 +227,34 @@ class PointwiseProgram:
                 arrays[gate] = arrays[gate] * _gates(slopes, index)
         stacked = jnp.concatenate(arrays, axis=-2)
         return stacked * slopes if slopes is not None and len(self.activated) == len(arrays) else stacked
+
+
+@functools.lru_cache(maxsize=256)
+def _units_are_apart(cell: AffineCell, dtype: Any) -> bool:
+    """Whether cotangents of the new carry come back unit by unit, at random arguments: whether ∂s'/∂s, … are diagonal.
+
+    Where they are, turning the sign of some units' cotangents turns the sign of what those units get, and no more.
+    """
+    rng, shape = np.random.default_rng(0), (1, cell.hidden_size)
+    with jax.ensure_compile_time_eval():
+        carry, inputs, recurrent = (
+            [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(number)]
+            for number in (cell.num_carries, cell.num_gates, cell.num_gates)
+        )
+
+        def run(carry: list[Array], inputs: list[Array], recurrent: list[Array]) -> list[Array]:
+            given = carry[0] if cell.num_carries == 1 else tuple(carry)
+            return jax.tree.leaves(cell.pointwise(given, tuple(inputs), tuple(recurrent)))
+
+        results, pull_back = jax.vjp(run, carry, inputs, recurrent)
+        plain = jax.tree.leaves(pull_back([jnp.ones_like(x) for x in results]))
+        for _ in range(4):
+            signs = jnp.asarray(rng.choice([-1.0, 1.0], shape), dtype)
+            for ours, theirs in zip(plain, jax.tree.leaves(pull_back([signs] * len(results))), strict=True):
+                expected, found = (np.asarray(x, np.float64) for x in (ours * signs, theirs))
+                if not np.allclose(found, expected, rtol=1e-2, atol=1e-6, equal_nan=True):
+                    return False
+    return True
 
 
 def _activation(eqn: Any) -> float | None:

@@ -228,6 +228,32 @@ def test_what_is_not_pointwise_is_refused(pointwise, message):
         rnnjax.unroll(Odd(H), params, jnp.ones((T, B, D)))
 
 
+def standardised(a):
+    return jnp.tanh(a - a.mean(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [standardised, jax.nn.softmax, lambda a: jnp.tanh(jnp.roll(a, 1, axis=-1)), lambda a: jnp.cumsum(a, axis=-1)],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_units_that_depend_on_one_another_within_a_step_are_refused(mixing, jit):
+    @dataclasses.dataclass(frozen=True)
+    class Mixing(rnnjax.AffineCell):
+        num_gates = 1
+
+        def pointwise(self, carry, input_preactivation, recurrent_preactivation):
+            return mixing(input_preactivation[0] + recurrent_preactivation[0])
+
+    cell, inputs = Mixing(H), jnp.ones((T, B, D))
+    params = cell.init(jax.random.key(0), D)
+    gradient = jax.grad(lambda params: rnnjax.unroll(cell, params, inputs)[1].sum())
+    path = rnnjax.trajectory(cell, params, inputs)
+    for function in (gradient, lambda params: rnnjax.step_jacobians(cell, params, path)):
+        with pytest.raises(ValueError, match=r"^pointwise of Mixing must treat each unit on its own"):
+            (jax.jit(function) if jit else function)(params)
+
+
 @pytest.mark.parametrize("name", ["apply", "hidden", "prepare_inputs", "recurrent_preactivation", "step"])
 def test_what_follows_from_the_pointwise_function_cannot_be_replaced(name):
     with pytest.raises(TypeError, match=f"Own must not define {name}"):
