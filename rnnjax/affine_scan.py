@@ -22,12 +22,13 @@ from jax.custom_derivatives import SymbolicZero
 
 from rnnjax import linearisation
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.chunks import scan_chunks, scan_in_place, to_be_filled
+from rnnjax.chunks import scan_chunks, scan_in_place, to_be_filled, unseen_false
 from rnnjax.controls import Controls, where
 from rnnjax.linear_maps import linear_map
 from rnnjax.linearisation import Linearisation, Sequence, chunk_size, perturbed
 from rnnjax.local_derivatives import LocalDerivatives
 from rnnjax.pointwise import PointwiseProgram
+from rnnjax.side_by_side import in_halves, number_of_loops, scan_side_by_side
 from rnnjax.typing import Array
 
 _KERNELS = ("input_kernel", "recurrent_kernel")
@@ -41,10 +42,17 @@ class ScanSettings:
       reverse: from the last step to the first.
       compute_dtype: dtype in which the factors of matrix products are taken; the products, the state, everything
         pointwise and the gradients of the weights stay in the dtype of the weights.
+      side_by_side: in loops that others need not wait for.
     """
 
     reverse: bool = False
     compute_dtype: Any = None
+    side_by_side: bool = False
+
+    @property
+    def scan(self) -> Any:
+        """What scans in place."""
+        return scan_side_by_side if self.side_by_side else scan_in_place
 
     def rounded(self, params: CellParams) -> CellParams:
         """Returns the weights with kernels in the dtype to multiply in."""
@@ -122,8 +130,8 @@ def _forward(
     others = (controls, sequence.perturbations)
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (others, (from_inputs, None)))
     _, (_, like) = jax.eval_shape(step_in_place, sequence.carry, *first)
-    rows = (from_inputs, to_be_filled(len(from_inputs), like))
-    last, rows = scan_in_place(step_in_place, sequence.carry, others, rows, reverse=settings.reverse)
+    rows = (from_inputs, to_be_filled(len(from_inputs), like, after=from_inputs))
+    last, rows = settings.scan(step_in_place, sequence.carry, others, rows, reverse=settings.reverse)
     by_gate, (hidden, local) = rows
     local = dataclasses.replace(local, by_gate=(_with_gate(by_gate, single), *local.by_gate))
     return last, (_mapped_axis_first(hidden), local)
@@ -141,6 +149,9 @@ def _with_gate(array: Array, single: bool) -> Array:
 def _jvp(
     cell: AffineCell, settings: ScanSettings, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
+    carry, num_steps = primals[0].carry, len(primals[0].inputs)
+    if not settings.side_by_side and number_of_loops(carry[0].shape, cell.num_gates, num_steps) > 1:
+        return _jvp_in_parts(cell, settings, primals, tangents)
     (sequence, controls), moved = primals, _known(tangents[0])
     last, (hidden, local) = _forward(cell, settings, sequence, controls)
     carry = [jnp.zeros_like(p) if t is None else t for p, t in zip(sequence.carry, moved.carry, strict=True)]
@@ -149,7 +160,8 @@ def _jvp(
     residuals = Linearisation(
         settings.rounded(sequence.params),
         sequence.inputs,
-        sequence.carry[0],
+        sequence.carry[0]
+        + unseen_false(last).astype(hidden.dtype),  # the last carry counts as used, whoever else uses it
         jax.tree.leaves(cell.initialize_carry(hidden.shape[1:-1], hidden.dtype))[0],
         hidden,
         local,
@@ -158,7 +170,7 @@ def _jvp(
     )
     moved_results = linear_map(
         functools.partial(linearisation.tangents, settings.reverse),
-        functools.partial(linearisation.cotangents, settings.reverse, wanted),
+        functools.partial(linearisation.cotangents, settings.scan, settings.reverse, wanted),
         residuals,
         moved,
         (last, hidden),
@@ -167,13 +179,31 @@ def _jvp(
     return (last, hidden), moved_results
 
 
+def _jvp_in_parts(
+    cell: AffineCell, settings: ScanSettings, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
+) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
+    """Returns what ``_jvp`` does, from two halves of the batch, each in loops of its own."""
+    leaves, structure = jax.tree.flatten(primals)
+    every = enumerate(jax.tree.leaves(tangents, is_leaf=_is_zero))
+    moved = {index: tangent for index, tangent in every if not _is_zero(tangent)}
+    settings = dataclasses.replace(settings, side_by_side=True)
+
+    def run(changed: dict[int, Array]) -> tuple[list[Array], Array]:
+        sequence, controls = jax.tree.unflatten(structure, [changed.get(i, leaf) for i, leaf in enumerate(leaves)])
+        parts = zip(in_halves(sequence, sequence.batch_axes()), in_halves(controls, controls.batch_axes()), strict=True)
+        last, hidden = zip(*(scan_affine(cell, settings, *part) for part in parts), strict=True)
+        return [jnp.concatenate(leaf) for leaf in zip(*last, strict=True)], jnp.concatenate(hidden, axis=1)
+
+    return jax.jvp(run, [{index: leaves[index] for index in moved}], [moved])
+
+
 def _known(tangents: Any) -> Any:
     """Returns the tangents with None for zeros."""
-    return jax.tree.map(
-        lambda leaf: None if isinstance(leaf, SymbolicZero) else leaf,
-        tangents,
-        is_leaf=lambda leaf: isinstance(leaf, SymbolicZero),
-    )
+    return jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, tangents, is_leaf=_is_zero)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
 
 
 def _severed(controls: Controls) -> Array | None:

@@ -73,17 +73,47 @@ def scan_in_place(
 
     def one(index: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
         (carry, rows), at = state, length - 1 - index if reverse else index
-        read = functools.partial(jax.lax.dynamic_index_in_dim, index=at, keepdims=False, allow_negative_indices=False)
-        write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=at, axis=0, allow_negative_indices=False)
-        carry, new = step(carry, *jax.tree.map(read, (xs, rows)))
-        return carry, jax.tree.map(write, rows, new)
+        carry, new = step(carry, *row_at((xs, rows), at))
+        return carry, at_row(rows, at, new)
 
     return jax.lax.fori_loop(0, length, one, (carry, rows))
 
 
-def to_be_filled(length: int, like: Any) -> Any:
-    """Returns a pytree of arrays ``[length, ...]`` for ``scan_in_place`` to write to, of the shapes of ``like``."""
+def row_at(arrays: Any, index: Array) -> Any:
+    """Returns a row of each array; the index counts from 0."""
+    read = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False, allow_negative_indices=False)
+    return jax.tree.map(read, arrays)
+
+
+def at_row(arrays: Any, index: Array, row: Any) -> Any:
+    """Returns the arrays with a row of each replaced; the index counts from 0."""
+    write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0, allow_negative_indices=False)
+    return jax.tree.map(write, arrays, row)
+
+
+def to_be_filled(length: int, like: Any, after: Array) -> Any:
+    """Returns a pytree of arrays ``[length, ...]`` for ``scan_in_place`` to write to.
+
+    Args:
+      length: T.
+      like: pytree of arrays or shapes, those of a row.
+      after: what XLA is to compute before. Of the loops that wait for such arrays only, each then begins on the core
+        that has filled the last of its own, and so two of them on two cores.
+
+    Returns:
+      Arrays of no particular content.
+    """
     leaves, structure = jax.tree.flatten(like)
+    nothing = unseen_false(after)
     # Each of another number: XLA would make equal ones once and copy them.
-    filled = [jnp.full((length, *leaf.shape), number, leaf.dtype) for number, leaf in enumerate(leaves, start=1)]
+    filled = [
+        jnp.full((length, *leaf.shape), number + nothing.astype(leaf.dtype), leaf.dtype)
+        for number, leaf in enumerate(leaves, start=1)
+    ]
     return jax.tree.unflatten(structure, filled)
+
+
+def unseen_false(arrays: Any) -> Array:
+    """Returns false, which XLA takes to depend on each of the floating arrays that are not empty."""
+    numbers = [x.reshape(-1)[0] for x in jax.tree.leaves(arrays) if x.size and jnp.issubdtype(x.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_or, [(x != x) & (x == x) for x in numbers], jnp.zeros((), bool))

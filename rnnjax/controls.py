@@ -23,6 +23,10 @@ class Controls:
     reset: Array | None
     window_start: Array | None
 
+    def batch_axes(self) -> Any:
+        """Returns which axis of each array is the first of the batch; −1 for none."""
+        return jax.tree.map(lambda x: 1 if x.ndim > 1 else -1, self)
+
     def enter(self, carry: Carry, initial: Carry) -> Carry:
         """Returns the carry that a step starts from."""
         if self.reset is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rnnjax.cells import CellParams
-from rnnjax.chunks import scan_chunks, scan_in_place, to_be_filled
+from rnnjax.chunks import scan_chunks, to_be_filled, unseen_false
 from rnnjax.controls import Controls, where
 from rnnjax.local_derivatives import LocalDerivatives, only_gates
 from rnnjax.typing import Array
@@ -75,9 +75,8 @@ class Linearisation:
         """
         first = self.first[None]
         start: Any = int(reverse)
-        if after is not None and after.size and jax.default_backend() == "cpu":
-            number = after.reshape(-1)[0]
-            start += ((number != number) & (number == number)).astype(int)  # 0, but XLA does not see that
+        if after is not None and jax.default_backend() == "cpu":
+            start += unseen_false(after).astype(int)
         others = jax.lax.dynamic_slice_in_dim(self.hidden, start, len(self.hidden) - 1, allow_negative_indices=False)
         before = jnp.concatenate([others, first] if reverse else [first, others])
         return self.controls.enter(before, jnp.broadcast_to(self.initial, before.shape))
@@ -113,8 +112,8 @@ def tangents(reverse: bool, of: Linearisation, moved: Sequence) -> tuple[list[Ar
     return scan_chunks(chunk, moved.carry, xs, chunk_size(of.params, of.inputs), reverse=reverse)
 
 
-def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[Array], Array]) -> Any:
-    """Returns the cotangents of what ``tangents`` takes, None where ``wanted`` is.
+def cotangents(scan: Any, reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[Array], Array]) -> Any:
+    """Returns the cotangents of what ``tangents`` takes, None where ``wanted`` is; ``scan`` scans in place.
 
     Each step leaves dz for the matmuls that give the gradients of the weights after the last; where K was, if it can.
     """
@@ -139,10 +138,15 @@ def cotangents(reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[
 
     # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
     in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
-    to_write = to_be_filled(num_steps, jax.tree.map(lambda x: x[0], slopes)) if stored and not in_place else None
-    rows = (slopes if in_place else to_write, to_be_filled(num_steps, of_perturbations([of.first] * len(last))))
+    to_write = None
+    if stored and not in_place:
+        to_write = to_be_filled(num_steps, jax.tree.map(lambda x: x[0], slopes), of_hidden)
+    rows = (
+        slopes if in_place else to_write,
+        to_be_filled(num_steps, of_perturbations([of.first] * len(last)), of_hidden),
+    )
     xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
-    carry, (rows, perturbations) = scan_in_place(step, last, xs, rows, reverse=not reverse)
+    carry, (rows, perturbations) = scan(step, last, xs, rows, reverse=not reverse)
     of_others = dataclasses.replace(wanted, carry=carry, perturbations=perturbations)
     if not stored:
         return of_others

@@ -14,6 +14,7 @@ from rnnjax import linearisation, weight_gradients
 from rnnjax.cells import AffineCell, base
 from rnnjax.chunks import scan_chunks, scan_in_place
 from rnnjax.pointwise import PointwiseProgram
+from rnnjax.side_by_side import scan_side_by_side
 
 T, B, D, H = 11, 2, 2, 3
 
@@ -341,8 +342,9 @@ def test_scan_of_chunks_is_a_scan(size, reverse):
     assert set(lengths) <= {size, 7 % size, 7}
 
 
+@pytest.mark.parametrize("scan", [scan_in_place, scan_side_by_side])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_scan_in_place_reads_each_row_before_it_writes_it(reverse):
+def test_scan_in_place_reads_each_row_before_it_writes_it(reverse, scan):
     xs, rows = jnp.arange(7.0), 3 + jnp.arange(7.0)
 
     def step(carry, x, row):
@@ -352,7 +354,7 @@ def test_scan_in_place_reads_each_row_before_it_writes_it(reverse):
         return jax.lax.scan(lambda c, x: step(c, *x), 1.0, (xs, rows), reverse=reverse)
 
     def ours(xs, rows):
-        return scan_in_place(step, jnp.asarray(1.0), xs, rows, reverse=reverse)
+        return scan(step, jnp.asarray(1.0), xs, rows, reverse=reverse)
 
     def gradient(scan):
         return jax.grad(lambda xs, rows: scan(xs, rows)[0] + (scan(xs, rows)[1] ** 2).sum(), argnums=(0, 1))(xs, rows)
