@@ -22,8 +22,9 @@ from rnnjax.chunks import at_row, row_at, scan_in_place, unseen_false
 
 _CORE: Any = core
 """Untyped: JAX versions differ in what of it they declare."""
-_FEWEST, _MOST = 2**17, 2**24
-"""Multiplications a step for which two loops on two cores are faster than one. XLA uses both for larger products."""
+_FEWEST, _MOST = 2**21, 2**24
+"""Multiplications a step for which two loops on two cores are faster than one. XLA uses both for larger products; with
+smaller steps the gain is lost where the second core has to wake up first."""
 _FEWEST_IN_ALL = 2**24
 """Multiplications of a scan below which it is not worth a longer compilation."""
 _COMPUTED_ONCE = {"concatenate", "custom_jvp_call", "div", "dot_general", "jit", "pjit", "pow", "rsqrt", "sqrt"}

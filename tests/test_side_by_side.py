@@ -111,14 +111,14 @@ def test_rounded_factors(loops):
 def test_steps_that_are_neither_too_small_nor_too_large_are_split(monkeypatch):
     monkeypatch.setattr(side_by_side, "_number_of_cores", lambda: 2)
     split = side_by_side.number_of_loops
-    assert split((32, 128), 1, 200) == split((64, 256), 3, 100) == split((16, 64), 4, 200) == 2
-    assert split((8, 64), 1, 1000) == split((128, 512), 1, 50) == split((32, 128), 1, 8) == 1
-    assert split((512,), 1, 1000) == split((1, 512), 1, 1000) == 1  # nothing to split
+    assert split((64, 256), 1, 100) == split((64, 256), 4, 100) == split((32, 128), 4, 200) == 2
+    assert split((32, 128), 1, 1000) == split((128, 512), 1, 50) == split((64, 256), 1, 3) == 1
+    assert split((2048,), 1, 1000) == split((1, 2048), 1, 1000) == 1  # nothing to split
     monkeypatch.setattr(side_by_side, "_number_of_cores", lambda: 1)
-    assert split((32, 128), 1, 200) == 1
+    assert split((64, 256), 1, 100) == 1
     monkeypatch.undo()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert split((32, 128), 1, 200) == 1
+    assert split((64, 256), 1, 100) == 1
 
 
 _PROGRAM = """
