@@ -138,13 +138,9 @@ def cotangents(scan: Any, reverse: bool, wanted: Any, of: Linearisation, given: 
 
     # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
     in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
-    to_write = None
-    if stored and not in_place:
-        to_write = to_be_filled(num_steps, jax.tree.map(lambda x: x[0], slopes), of_hidden)
-    rows = (
-        slopes if in_place else to_write,
-        to_be_filled(num_steps, of_perturbations([of.first] * len(last)), of_hidden),
-    )
+    to_fill = functools.partial(to_be_filled, num_steps, after=of_hidden)
+    to_write = to_fill(jax.tree.map(lambda x: x[0], slopes)) if stored and not in_place else None
+    rows = (slopes if in_place else to_write, to_fill(of_perturbations([of.first] * len(last))))
     xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
     carry, (rows, perturbations) = scan(step, last, xs, rows, reverse=not reverse)
     of_others = dataclasses.replace(wanted, carry=carry, perturbations=perturbations)

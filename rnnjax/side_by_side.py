@@ -31,6 +31,7 @@ _COMPUTED_ONCE = {"concatenate", "custom_jvp_call", "div", "dot_general", "jit",
 _COMPUTED_ONCE |= {"cos", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "sin", "tan", "tanh"}
 """Primitives whose results XLA keeps in memory, where it would compute others again for each use."""
 _NEVER_HELD = {"broadcast_in_dim", "convert_element_type", "reshape", "select_n", "slice", "squeeze", "transpose"}
+"""Primitives that XLA always makes part of what uses their results."""
 
 
 def number_of_loops(carry_shape: tuple[int, ...], num_gates: int, num_steps: int) -> int:
