@@ -149,8 +149,9 @@ def _with_gate(array: Array, single: bool) -> Array:
 def _jvp(
     cell: AffineCell, settings: ScanSettings, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
-    carry, num_steps = primals[0].carry, len(primals[0].inputs)
-    if not settings.side_by_side and number_of_loops(carry[0].shape, cell.num_gates, num_steps) > 1:
+    hidden = primals[0].carry[0]
+    per_step, num_sequences = hidden.size * hidden.shape[-1] * cell.num_gates, len(hidden) if hidden.ndim > 1 else 1
+    if not settings.side_by_side and number_of_loops(per_step, len(primals[0].inputs), num_sequences) > 1:
         return _jvp_in_parts(cell, settings, primals, tangents)
     (sequence, controls), moved = primals, _known(tangents[0])
     last, (hidden, local) = _forward(cell, settings, sequence, controls)

@@ -28,6 +28,7 @@ LAYOUT = [
     "rnnjax.cells",
     "rnnjax.cotangents",
     "rnnjax.chunks",
+    "rnnjax.independent_loops",
     "rnnjax.side_by_side",
     "rnnjax.controls",
     "rnnjax.local_derivatives",

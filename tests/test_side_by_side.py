@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import rnnjax
-from rnnjax import affine_scan, side_by_side
+from rnnjax import affine_scan, frames, side_by_side
+from rnnjax.jacobians import jacobian_operator
 from tests.test_affine_scan import EVERY_CELL, agree, loss, problem, random_like
 
 
@@ -111,14 +112,57 @@ def test_rounded_factors(loops):
 def test_steps_that_are_neither_too_small_nor_too_large_are_split(monkeypatch):
     monkeypatch.setattr(side_by_side, "_number_of_cores", lambda: 2)
     split = side_by_side.number_of_loops
-    assert split((64, 256), 1, 100) == split((64, 256), 4, 100) == split((32, 128), 4, 200) == 2
-    assert split((32, 128), 1, 1000) == split((128, 512), 1, 50) == split((64, 256), 1, 3) == 1
-    assert split((2048,), 1, 1000) == split((1, 2048), 1, 1000) == 1  # nothing to split
+    assert split(64 * 256**2, 100, 64) == split(4 * 64 * 256**2, 100, 64) == split(32 * 128**2, 200, 32) == 2
+    assert split(16 * 128**2, 1000, 16) == split(128 * 512**2, 50, 128) == split(64 * 256**2, 3, 64) == 1
+    assert split(2048**2, 1000, 1) == 1  # nothing to split
     monkeypatch.setattr(side_by_side, "_number_of_cores", lambda: 1)
-    assert split((64, 256), 1, 100) == 1
+    assert split(64 * 256**2, 100, 64) == 1
     monkeypatch.undo()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert split((64, 256), 1, 100) == 1
+    assert split(64 * 256**2, 100, 64) == 1
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 1), (3, 10)])
+def test_two_loops_do_what_one_does_to_each_of_two_carries(first, stop):
+    with jax.enable_x64():
+        matrix = jax.random.normal(jax.random.key(0), (4, 4))
+        factors = jax.random.normal(jax.random.key(1), (10, 4, 1))
+
+        def step(index, carry):
+            columns, total = carry
+            after = jnp.tanh(matrix @ columns) * factors[index] + columns * columns.sum()
+            return after, total + after.sum() / jnp.linalg.norm(columns)
+
+        parts = [(jnp.ones((4, 3)), jnp.ones(())), (jnp.eye(4)[:, :2], jnp.zeros(()))]
+        run = functools.partial(side_by_side.fori_side_by_side, step=step, carries=parts)
+        expected = [jax.lax.fori_loop(first, stop, step, part) for part in parts]
+        agree(run(jnp.int32(first), jnp.int32(stop)), expected, 1e-13)
+        agree(jax.jit(run)(jnp.int32(first), jnp.int32(stop)), expected, 1e-13)
+        batched = jax.vmap(run)(jnp.array([first, 0], jnp.int32), jnp.array([stop, 2], jnp.int32))
+        agree(jax.tree.map(lambda x: x[0], batched), expected, 1e-13)
+
+
+def test_two_loops_start_from_what_is_not_finite():
+    start = [jnp.array([jnp.nan, 1.0]), jnp.array([jnp.inf, 2.0])]
+    found = side_by_side.fori_side_by_side(jnp.int32(0), jnp.int32(3), lambda index, x: x + 1, start)
+    np.testing.assert_array_equal(np.array(found), [[np.nan, 4], [np.inf, 5]])
+
+
+@pytest.mark.parametrize("cell", [rnnjax.VanillaCell(12), rnnjax.LeakyCell(12, leak=0.3), rnnjax.GRUCell(12)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_frames_carried_along_by_halves(cell, backward, monkeypatch):
+    with jax.enable_x64():
+        params = jax.tree.map(lambda x: x.astype(float), cell.init(jax.random.key(0), input_size=3))
+        path = rnnjax.trajectory(cell, params, jax.random.normal(jax.random.key(1), (40, 3)))
+        jacobians = jacobian_operator(cell, params, path)
+        frame = frames.random_frame(jax.random.key(2), jacobians, 5)
+        found = []
+        for number in (1, 2):
+            monkeypatch.setattr(frames, "number_of_loops", lambda *_, number=number: number)
+            jax.clear_caches()
+            found.append(frames.block_growth(jacobians, frame, (0, 15, 40), backward))
+        jax.clear_caches()
+        agree(*found, 1e-10)
 
 
 _PROGRAM = """
@@ -145,15 +189,63 @@ gradient.lower(params, inputs).compile()
 )
 def test_xla_has_no_loop_wait_for_another(cell):
     """By what XLA's runtime logs of which part of a program waits for which."""
+    last = _logged(_PROGRAM.format(cell=cell))[-1]
+    loops = [name for name, (kind, _) in last.items() if kind == "while"]
+    assert len(loops) == 4, "two loops forwards, two backwards"
+    for name in loops:
+        assert not set(last[name][1]) & set(loops), f"{name} waits for {last[name][1]}"
+
+
+_GROWTH = """
+import jax, rnnjax
+jax.config.update("jax_enable_x64", True)
+from rnnjax import side_by_side
+side_by_side._number_of_cores = lambda: 2
+cell = rnnjax.VanillaCell(128)
+params = cell.init(jax.random.key(0), input_size=1)
+spectrum = jax.jit(lambda params: rnnjax.lyapunov_spectrum(cell, params, num_steps=500, num_exponents=32).exponents)
+spectrum.lower(params).compile()
+"""
+
+
+def test_xla_hands_one_of_two_loops_to_another_thread():
+    """It halves what can be computed next: one loop has to wait for an early part of that, the other for the rest."""
+    for thunks in _logged(_GROWTH):
+        for before in thunks:
+            after = [name for name, (_, waits) in thunks.items() if before in waits and "tanh" in before]
+            if len(after) > 9:
+                break
+        else:
+            continue
+        needs = [_needs(thunks, name) & set(after) for name, (kind, _) in thunks.items() if kind == "while"]
+        loops = [need for need in needs if need and need != set(after)]
+        assert len(loops) == 2
+        first, second = sorted(loops, key=len)
+        assert first.isdisjoint(second)
+        assert first <= set(after[: len(after) // 2])
+        assert second >= set(after[len(after) // 2 :])
+        return
+    pytest.fail("nothing is waited for by many")
+
+
+def _logged(program):
+    """Returns for each part of a program that is not sequential: name → (kind, what it waits for), in order."""
     log = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "thunk_executor=6", "JAX_PLATFORMS": "cpu"}
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | log
-    command = [sys.executable, "-c", _PROGRAM.format(cell=cell)]
+    command = [sys.executable, "-c", program]
     said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300).stderr
-    last = said.rpartition("Constructed ThunkExecutor with")[2]
-    waits = dict(re.findall(r"op_name=([\w.]+), kind=while, dependencies=\[(.*?)\]", last))
-    if not waits:
+    parts = [part for part in said.split("Constructed ThunkExecutor with")[1:] if "is_sequential=false" in part]
+    found = [re.findall(r"op_name=([\w.-]+), kind=([\w-]+), dependencies=\[(.*?)\]", part) for part in parts]
+    if not any(found):
         pytest.skip("this version of XLA does not log what waits for what")
-    assert len(waits) == 4, "two loops forwards, two backwards"
-    assert "is_sequential=false" in last
-    for name, others in waits.items():
-        assert not set(others.split(", ")) & set(waits), f"{name} waits for {others}"
+    return [{name: (kind, waits.split(", ")) for name, kind, waits in part} for part in found]
+
+
+def _needs(thunks, name):
+    """Returns all that has to be computed before."""
+    found, left = set(), [name]
+    while left:
+        new = [wait for wait in thunks.get(left.pop(), ("", []))[1] if wait and wait not in found]
+        found.update(new)
+        left += new
+    return found

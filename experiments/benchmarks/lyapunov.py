@@ -61,8 +61,10 @@ def contestants(size: int, count: int, num_steps: int, seed: int) -> dict[str, C
     }
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, np.ndarray]:
-    """Returns seconds and the result."""
+def timed(function: Callable[[], Any], warm_up: bool = False) -> tuple[float, np.ndarray]:
+    """Returns seconds and the result, of a second call in a row if there is to be a warm-up."""
+    if warm_up:
+        jax.block_until_ready(function())
     start = time.perf_counter()
     result = np.asarray(jax.block_until_ready(function()))
     return time.perf_counter() - start, result
@@ -72,7 +74,7 @@ def measured(size: int, count: int, num_steps: int, repeats: int, seed: int) -> 
     """Runs every contestant in turns and returns a line of results; times in milliseconds a step."""
     programs = contestants(size, count, num_steps, seed)
     first = {name: timed(program) for name, program in programs.items()}
-    rounds = [{name: timed(program)[0] for name, program in programs.items()} for _ in range(repeats)]
+    rounds = [{name: timed(program, warm_up=True)[0] for name, program in programs.items()} for _ in range(repeats)]
     steady = {name: statistics.median(times[name] for times in rounds) * 1e3 / num_steps for name in programs}
     difference = np.abs(first["rnnjax"][1] - first["QR every step"][1]).max()
     return {

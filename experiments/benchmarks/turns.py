@@ -1,5 +1,6 @@
 """Contestants that take turns in one process, so that what slows the machine down slows all of them down."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,14 +29,15 @@ class Uncompiled:
 
 
 def take_turns(
-    programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int, pause: float = 0.0
+    programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int, warm_up: float = 0.02
 ) -> dict[str, dict[str, Any]]:
     """Returns first call, median time and memory of every program.
 
     Args:
       programs: by name, what ``jax.jit`` returns, and its arguments.
       repeats: timed calls of each.
-      pause: seconds to wait before each timed call, for threads of another framework that still spin.
+      warm_up: seconds of calls, one of them at least, that open each turn and are not timed: threads of the
+        contestant before may still spin, and its own may have gone to sleep.
 
     Returns:
       By name: ``first_call_s``, compilation included; ``temporary_bytes`` beyond arguments and results, or None where
@@ -45,6 +47,7 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in programs}
     compiled = {}
     for name, (program, arguments) in programs.items():
+        gc.collect()  # what others have left behind is not this one's to clean up
         start = time.perf_counter()
         compiled[name] = program.lower(*arguments).compile()
         jax.block_until_ready(compiled[name](*arguments))
@@ -52,7 +55,9 @@ def take_turns(
         results[name]["temporary_bytes"] = getattr(compiled[name].memory_analysis(), "temp_size_in_bytes", None)
     for _ in range(repeats):
         for name, (_, arguments) in programs.items():
-            time.sleep(pause)
+            end = time.perf_counter() + warm_up
+            while time.perf_counter() < end:
+                jax.block_until_ready(compiled[name](*arguments))
             start = time.perf_counter()
             jax.block_until_ready(compiled[name](*arguments))
             times[name].append(time.perf_counter() - start)

@@ -35,7 +35,6 @@ from rnnjax.serialization import format_table
 FLAGS = flags.FLAGS
 SIZES = ("200,32,128,32", "200,16,64,8", "100,64,256,128", "1000,8,64,4", "50,128,512,256")
 """T, B, H, D."""
-PAUSE = 0.02
 FLOOR = "matmuls only"
 FASTEST = "fastest JAX peer"
 CHECKPOINTS = "rnnjax, checkpoints"
@@ -108,9 +107,7 @@ def main(argv: Sequence[str]) -> None:
     for kind in FLAGS.cells:
         for size in sizes:
             _compile_what_all_share(size)
-            results = take_turns(
-                contestants(kind, size, FLAGS.contestants), repeats, PAUSE if peers.is_installed("PyTorch") else 0
-            )
+            results = take_turns(contestants(kind, size, FLAGS.contestants), repeats)
             for name, result in results.items():
                 setting = {"cell": kind, "size": ", ".join(map(str, size)), "what": name}
                 setting["device"] = jax.devices()[0].device_kind
