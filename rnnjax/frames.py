@@ -18,6 +18,7 @@ import numpy as np
 
 from rnnjax import lapack
 from rnnjax.operators import Jacobians
+from rnnjax.side_by_side import fori_side_by_side, number_of_loops
 from rnnjax.structured import StructuredJacobians
 from rnnjax.typing import Array, Key
 
@@ -170,7 +171,8 @@ def _growth_of_steps(
 
 def _taken(jacobians: Jacobians, backward: bool, first: Array, stop: Array, columns: Array) -> Array:
     """Returns the columns after the steps from the first to that before ``stop``."""
-    by_rows = isinstance(jacobians, StructuredJacobians) and jacobians.takes_rows(columns.shape[-1])
+    halves = _halves(jacobians, columns)
+    by_rows = isinstance(jacobians, StructuredJacobians) and jacobians.takes_rows(halves[0].shape[-1])
 
     def take(step: Array, columns: Array) -> Array:
         jacobian = jacobians.at_step(jacobians.shape[0] - 1 - step if backward else step)
@@ -178,9 +180,24 @@ def _taken(jacobians: Jacobians, backward: bool, first: Array, stop: Array, colu
             return jacobian.times_rows(columns, transposed=backward)
         return jacobian.transpose_times(columns) if backward else jacobian.times(columns)
 
-    if not by_rows:
-        return jax.lax.fori_loop(first, stop, take, columns)
-    return jnp.swapaxes(jax.lax.fori_loop(first, stop, take, jnp.swapaxes(columns, -1, -2)), -1, -2)
+    if by_rows:
+        halves = [jnp.swapaxes(half, -1, -2) for half in halves]
+    if len(halves) > 1:
+        halves = fori_side_by_side(first, stop, take, halves)
+    else:
+        halves = [jax.lax.fori_loop(first, stop, take, halves[0])]
+    return jnp.concatenate([jnp.swapaxes(half, -1, -2) if by_rows else half for half in halves], axis=-1)
+
+
+def _halves(jacobians: Jacobians, columns: Array) -> list[Array]:
+    """Returns the columns, or each half of them where two loops are faster.
+
+    With more columns stretches are shorter, and what is between them takes longer.
+    """
+    count, size = columns.shape[-1], jacobians.shape[-1]
+    if not isinstance(jacobians, StructuredJacobians) or columns.ndim > 2 or 2 * count > size:
+        return [columns]
+    return jnp.array_split(columns, number_of_loops(size * size * count, jacobians.shape[0], count), axis=-1)
 
 
 def _stretch(take: Callable[[Array, Array, Array], Array], stop: Array, state: _Progress) -> _Progress:

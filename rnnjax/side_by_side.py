@@ -1,16 +1,11 @@
-"""Loops that XLA runs side by side on a CPU, each on a core of its own.
+"""Loops that XLA runs side by side on a CPU, each on a core of its own: see ``independent_loops``.
 
-XLA goes through the steps of a loop on one core, and begins two loops at a time where neither waits for the other. But
-it lets the later one wait wherever both write to the same memory, and it gives what a step holds for a while, and no
-other step reads, the same place in all loops of a program. A loop here holds nothing for a while: whatever XLA would
-keep in memory is carried from step to step. Results and derivatives are those of ``scan_in_place``.
+Results and derivatives are those of ``scan_in_place`` and ``fori_loop``.
 """
 
 import dataclasses
-import math
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,38 +14,33 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from rnnjax.chunks import at_row, row_at, scan_in_place, unseen_false
+from rnnjax.independent_loops import independent_loop, starts_apart
+from rnnjax.typing import Array
 
 _CORE: Any = core
 """Untyped: JAX versions differ in what of it they declare."""
-_FEWEST, _MOST = 2**21, 2**24
-"""Multiplications a step for which two loops on two cores are faster than one. XLA uses both for larger products; with
-smaller steps the gain is lost where the second core has to wake up first."""
+_FEWEST, _MOST = 2**19, 2**24
+"""Multiplications a step for which two loops on two cores are faster than one. XLA uses both cores for larger products;
+below, steps cost less than what it does around them."""
 _FEWEST_IN_ALL = 2**24
 """Multiplications of a scan below which it is not worth a longer compilation."""
-_COMPUTED_ONCE = {"concatenate", "custom_jvp_call", "div", "dot_general", "jit", "pjit", "pow", "rsqrt", "sqrt"}
-_COMPUTED_ONCE |= {"cos", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "sin", "tan", "tanh"}
-"""Primitives whose results XLA keeps in memory, where it would compute others again for each use."""
-_NEVER_HELD = {"broadcast_in_dim", "convert_element_type", "reshape", "select_n", "slice", "squeeze", "transpose"}
-"""Primitives that XLA always makes part of what uses their results."""
 
 
-def number_of_loops(carry_shape: tuple[int, ...], num_gates: int, num_steps: int) -> int:
-    """Returns into how many loops, each over a part of the batch, the scan of an affine cell is best split.
+def number_of_loops(per_step: int, num_steps: int, num_parts: int) -> int:
+    """Returns into how many loops, each over some parts of what steps multiply, a loop is best split.
 
     Args:
-      carry_shape: of one leaf of the carry, ``[..., H]``.
-      num_gates: G; the recurrent product of a step is ``[..., G·H]``.
-      num_steps: T.
+      per_step: multiplications of a step, all parts together.
+      num_steps: T, about.
+      num_parts: how many parts there are, such as sequences of a batch.
 
     Returns:
       2 on a CPU with cores to spare, where steps are neither too small nor too large; 1 elsewhere.
     """
-    per_step = math.prod(carry_shape) * carry_shape[-1] * num_gates
     is_worth_it = _FEWEST <= per_step <= _MOST and per_step * num_steps >= _FEWEST_IN_ALL
-    can_be_split = len(carry_shape) > 1 and carry_shape[0] > 1
-    # With more devices, the batch may be spread over them.
+    # With more devices, the parts may be spread over them.
     has_cores = jax.default_backend() == "cpu" and jax.device_count() == 1 and _number_of_cores() > 1
-    return 2 if is_worth_it and can_be_split and has_cores else 1
+    return 2 if is_worth_it and num_parts > 1 and has_cores else 1
 
 
 def _number_of_cores() -> int:
@@ -87,6 +77,40 @@ def scan_side_by_side(
     return jax.tree.unflatten(loop.results, _loop_p.bind(*leaves, loop=loop))
 
 
+def fori_side_by_side(
+    first: Array, stop: Array, step: Callable[[Array, Any], Any], carries: Sequence[Any]
+) -> list[Any]:
+    """Does for each of two carries what ``fori_loop`` does, in loops that XLA runs side by side; not differentiable.
+
+    Args:
+      first: the first index.
+      stop: the index after the last, more than ``first``.
+      step: from index and carry to the next carry.
+      carries: what the first steps start from.
+
+    Returns:
+      The last carries.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> add = lambda index, carry: carry + index
+      >>> [float(x) for x in fori_side_by_side(jnp.array(0), jnp.array(4), add, [jnp.zeros(()), jnp.ones(())])]
+      [6.0, 7.0]
+    """
+    lates, used = starts_apart((carries, first, stop))
+    results = []
+    for carry, late in zip(carries, lates, strict=True):
+        leaves, structure = jax.tree.flatten(carry)
+        jaxpr = jax.make_jaxpr(lambda carry, index: step(index, carry))(carry, first)
+
+        def read(index: Array, _: list[Array]) -> list[Array]:
+            return [index]
+
+        last, _ = independent_loop(jaxpr, (first, stop), leaves, [], read, lambda *_: [], late, used)
+        results.append(jax.tree.unflatten(structure, last))
+    return results
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Loop:
     """A loop over rows.
@@ -118,70 +142,21 @@ class _Loop:
     def carrying_all(self, *leaves: Any) -> list[Any]:
         """Returns the same, by a loop that holds nothing for a while."""
         consts, carry, xs, rows = jax.tree.unflatten(self.given, leaves)
-        held, is_kept = self._held(carry, rows)
-        debug_info = self.jaxpr.debug_info.with_unknown_names()
-        wider = self.jaxpr.replace(outvars=[*self.jaxpr.outvars, *held], debug_info=debug_info)
-        run = _CORE.jaxpr_as_fun(_CORE.ClosedJaxpr(wider, consts))
-        nothing = unseen_false(jax.tree.leaves((rows, xs))[:1])
-        ones = jax.tree.map(lambda x: jnp.ones_like(x) + nothing.astype(x.dtype), carry)
+        jaxpr, structure = _CORE.ClosedJaxpr(self.jaxpr, consts), jax.tree.structure(rows)
 
-        def kept(carry: Any) -> list[Any]:
-            return [x for x, again in zip(jax.tree.leaves(carry), jax.tree.leaves(is_kept), strict=True) if again]
+        def at(index: Array) -> Array:
+            return self.length - 1 - index if self.reverse else index
 
-        def one(state: Any) -> Any:
-            index, _, carry, rows, _ = state
-            # The remainder is computed once; XLA would compute i + 1 for each use anew, from an i that has to stay.
-            index = jax.lax.rem(index + 1, 2 * self.length + 1)
-            # So is the quotient: new values may take the place of the old ones, which only it reads.
-            carry = jax.tree.map(lambda x, y, again: x / y if again else x, carry, ones, is_kept)
-            at = self.length - index if self.reverse else index - 1
-            found = run(*jax.tree.leaves((carry, row_at((xs, rows), at))))
-            number = self.results.num_leaves
-            after, row = jax.tree.unflatten(self.results, found[:number])
-            return index, index < self.length, after, at_row(rows, at, row), [*found[number:], *kept(carry)]
+        def read(index: Array, rows: list[Array]) -> list[Array]:
+            return jax.tree.leaves(row_at((xs, rows), at(index)))
 
-        results = [jnp.zeros(x.shape, x.dtype) for x in [*(variable.aval for variable in held), *kept(carry)]]
-        start = (jnp.zeros((), int), jnp.ones((), bool), carry, rows, results)
-        _, _, carry, rows, results = jax.lax.while_loop(lambda state: state[1], one, start)
-        # XLA would not carry what is of no use, and would have another loop take the place of a carry that is not.
-        nothing = unseen_false((results, carry))
-        return jax.tree.leaves((jax.tree.map(lambda x: x + nothing.astype(x.dtype), carry), rows))
+        def write(index: Array, rows: list[Array], row: list[Array]) -> list[Array]:
+            return at_row(rows, at(index), row)
 
-    def _held(self, carry: Any, rows: Any) -> tuple[list[Any], Any]:
-        """Returns the variables that XLA would hold in memory, new carries aside, and which old carries it would."""
-        leaves, structure = jax.tree.flatten(carry)
-        num_rows, eqns = len(jax.tree.leaves(rows)), self._eqns()
-        used = Counter(id(v) for variables in [*(eqn.invars for eqn in eqns), self.jaxpr.outvars] for v in variables)
-        carries = {id(v) for v in self.jaxpr.outvars[: len(leaves)]}
-        old, new = ({id(v) for v in vs[len(vs) - num_rows :]} for vs in (self.jaxpr.invars, self.jaxpr.outvars))
-        held = []
-        for eqn in eqns:
-            name, from_row = eqn.primitive.name, any(id(v) in old for v in eqn.invars)
-            for out in (v for v in eqn.outvars if id(v) not in carries and v.aval.shape and _is_floating(v)):
-                again = used[id(out)] > 1 and name not in _NEVER_HELD
-                if again or name in _COMPUTED_ONCE or (id(out) in new and from_row):
-                    held.append(out)
-
-        def reads(variable: Any) -> int:
-            users = [eqn for eqn in eqns for v in eqn.invars if v is variable]
-            return sum(v is variable for v in self.jaxpr.outvars) + sum(
-                reads(eqn.outvars[0]) if eqn.primitive.name in _NEVER_HELD else 1 for eqn in users
-            )
-
-        return held, jax.tree.unflatten(structure, [reads(v) > 1 for v in self.jaxpr.invars[: len(leaves)]])
-
-    def _eqns(self) -> list[Any]:
-        """Returns the equations that the results need."""
-        needed, eqns = {id(v) for v in self.jaxpr.outvars}, []
-        for eqn in reversed(self.jaxpr.eqns):
-            if any(id(v) in needed for v in eqn.outvars):
-                eqns.append(eqn)
-                needed |= {id(v) for v in eqn.invars}
-        return eqns[::-1]
-
-
-def _is_floating(variable: Any) -> bool:
-    return jnp.issubdtype(variable.aval.dtype, jnp.floating)
+        late = unseen_false(jax.tree.leaves((rows, xs))[:1])
+        carried, written = jax.tree.leaves(carry), jax.tree.leaves(rows)
+        carried, written = independent_loop(jaxpr, (0, self.length), carried, written, read, write, late)
+        return [*carried, *jax.tree.leaves(jax.tree.unflatten(structure, written))]
 
 
 _loop_p = core.Primitive("loop_side_by_side")
