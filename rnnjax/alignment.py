@@ -15,6 +15,7 @@ from rnnjax.jacobians import jacobian_operator
 from rnnjax.operators import Jacobians
 from rnnjax.products import Chain, Steps
 from rnnjax.profiles import checked_lags
+from rnnjax.sheared import sheared
 from rnnjax.typing import Array, DType, Params
 from rnnjax.unroll import Trajectory
 
@@ -97,11 +98,11 @@ def _alignment(jacobians: Jacobians, gradient: Array, lags: Array, wide: DType) 
 
     def single(sequence: Jacobians) -> tuple[Array, Array]:
         # P(T, T − lag)ᵀ grows on the left, one step a lag; its right singular vectors are the left ones of P.
-        chain = Chain(sequence.astype(wide), True, products.condition_limit(own, wide))
+        chain = Chain(sheared(sequence.astype(wide)), True, products.condition_limit(own, wide))
 
         def at_lag(steps: Steps, lag: Array) -> tuple[Steps, tuple[Array, Array]]:
             steps = chain.advanced(steps, lag - 1)
-            factored = graded.orthogonalized(chain.columns(steps, 1), steps.factors.log_scales)
+            factored = graded.orthogonalized(chain.last_columns(steps), steps.factors.log_scales)
             values, _, directions = graded_svd(graded.regraded(factored, steps.factors))
             return steps, (values, directions)
 

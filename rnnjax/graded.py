@@ -28,6 +28,8 @@ from rnnjax import lapack
 from rnnjax.typing import Array, DType
 
 _PROBES = 2
+_MANY_PRODUCTS = 2**23
+"""Multiplications from which on XLA spreads a product of matrices over several cores of a CPU."""
 
 
 @flax.struct.dataclass
@@ -69,8 +71,19 @@ def eliminated(columns: Array, log_scales: Array) -> Triangular:
 
 def orthogonalized(columns: Array, log_scales: Array) -> Triangular:
     """Factors sorted columns by Householder QR with rows sorted by their largest entry, descending."""
-    rows = jnp.argsort(-jnp.abs(columns).max(axis=1)).astype(jnp.int32)
+    rows = _by_largest_entry(columns)
     return _rank_revealing(lambda ordered: (rows, *lapack.qr(ordered[rows])), columns, log_scales)
+
+
+def _triangularized(columns: Array, log_scales: Array) -> Triangular:
+    """Does the same, and leaves ``sorted_left`` empty, at half of the cost."""
+    rows, nothing = _by_largest_entry(columns), jnp.zeros((len(columns), 0), columns.dtype)
+    return _rank_revealing(lambda ordered: (rows, nothing, lapack.triangle(ordered[rows])), columns, log_scales)
+
+
+def _by_largest_entry(columns: Array) -> Array:
+    """Returns the rows from that with the largest entry to that with the smallest, int32."""
+    return jnp.argsort(-jnp.abs(columns).max(axis=1)).astype(jnp.int32)
 
 
 @flax.struct.dataclass
@@ -79,8 +92,9 @@ class Condition:
 
     Attributes:
       whole: about ‖B̃⁻¹‖_F.
-      pivots: about the relative error of each pivot in units of rounding, ‖(L̃⁻¹)_i‖ c_i / |U_ii|, ``[b]``; 0 for the
-        columns of lost directions. It is what moves log scale i.
+      pivots: about the relative error of each pivot in units of rounding, ``[b]``: ‖(L̃⁻¹)_i‖ times the norm of column i
+        of diag(c) U⁻¹, as d log|U_ii| = (L⁻¹ dB U⁻¹)_ii; 0 for the columns of lost directions. It is what moves log
+        scale i.
       vanished: whether the pivot of a direction that counts is zero.
     """
 
@@ -98,7 +112,7 @@ def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condit
     norms, row_scales = _sizes(columns, live)
     pivots, norms = jnp.diagonal(factored.triangle), norms[factored.order]
     counts = live[factored.order] & (pivots != 0)
-    signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (len(live), _PROBES)), columns.dtype)
+    signs = _random_signs(len(live), columns.dtype)
     top = factored.rows[: len(live)]
     solved = _solve(factored.sorted_left[: len(live)], row_scales[top][:, None] * signs, lower=True)
     solved = jnp.where(counts[:, None], solved, 0)
@@ -106,7 +120,7 @@ def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condit
     whole = norms[:, None] * _solve(invertible, solved, lower=False)
     return Condition(
         whole=jnp.sqrt(jnp.sum(jnp.where(counts[:, None], whole, 0) ** 2) / _PROBES),
-        pivots=_root_mean_square(solved) * norms / jnp.abs(jnp.where(counts, pivots, 1)),
+        pivots=_root_mean_square(solved) * _columns_of_inverse(invertible, norms, signs),
         vanished=(live[factored.order] & (pivots == 0)).any(),
     )
 
@@ -114,16 +128,17 @@ def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condit
 def diagonal_errors(factored: Triangular, columns: Array, log_scales: Array) -> Array:
     """Returns about the relative error of each |R_ii| of orthogonalized columns, in units of rounding, ``[b]``.
 
-    Rows are as inaccurate as their scale allows, so that it is ‖(Qᵀ D)_i‖ c_i / |R_ii| for rows of scale D; 0 for the
-    columns of lost directions.
+    Rows are as inaccurate as their scale allows, so that it is ‖(Qᵀ D)_i‖ times the norm of column i of diag(c) R⁻¹ for
+    rows of scale D; 0 for the columns of lost directions.
     """
     live = log_scales > -jnp.inf
     norms, row_scales = _sizes(columns, live)
     rows = factored.sorted_left * row_scales[factored.rows][:, None]
     diagonal = jnp.diagonal(factored.triangle)
     counts = live[factored.order] & (diagonal != 0)
-    errors = jnp.sqrt(jnp.sum(rows**2, axis=0)) * norms[factored.order] / jnp.abs(jnp.where(counts, diagonal, 1))
-    return jnp.where(counts, errors, 0)
+    invertible = factored.triangle + jnp.diag(jnp.where(counts, 0, 1 - diagonal))
+    by_column = _columns_of_inverse(invertible, norms[factored.order], _random_signs(len(live), columns.dtype))
+    return jnp.where(counts, jnp.sqrt(jnp.sum(rows**2, axis=0)) * by_column, 0)
 
 
 def _sizes(columns: Array, live: Array) -> tuple[Array, Array]:
@@ -133,25 +148,41 @@ def _sizes(columns: Array, live: Array) -> tuple[Array, Array]:
     return norms, jnp.where(live[None, :], relative, 0).max(axis=1)
 
 
+def _columns_of_inverse(triangle: Array, sizes: Array, signs: Array) -> Array:
+    """Returns about the norm of each column of diag(sizes) R⁻¹ for an upper triangle R, ``[b]``."""
+    solved = jax.lax.linalg.triangular_solve(triangle.T, sizes[:, None] * signs, left_side=True, lower=True)
+    return jnp.maximum(_root_mean_square(solved), sizes / jnp.abs(jnp.diagonal(triangle)))
+
+
+def _random_signs(count: int, dtype: DType) -> Array:
+    return jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (count, _PROBES)), dtype)
+
+
 def _root_mean_square(columns: Array) -> Array:
     return jnp.sqrt(jnp.sum(columns**2, axis=1) / _PROBES)
 
 
 def _solve(triangle: Array, right: Array, *, lower: bool) -> Array:
-    return jax.lax.linalg.triangular_solve(triangle, right, left_side=True, lower=lower)
+    return jax.lax.linalg.triangular_solve(triangle.T, right, left_side=True, lower=not lower, transpose_a=True)
 
 
 def regraded(factored: Triangular, factors: Factors) -> Factors:
     """Returns the factors of B · diag(e^ℓ) · V, for B factored and ℓ, V of ``factors``."""
+    scales, remainder, mixing = _rescaled(factored, factors.log_scales, factors.remainder)
+    return Factors(factored.left, scales, remainder, triangular_times(mixing, factors.right[factored.order]))
+
+
+def _rescaled(factored: Triangular, log_scales: Array, remainder: Array) -> tuple[Array, Array, Array]:
+    """Returns ℓ', what its float sums left out, and (U_ij e^(ℓ_j − ℓ'_i))_ij."""
     order, triangle = factored.order, factored.triangle
-    scales, remainder = factors.log_scales[order], factors.remainder[order]
+    scales, remainder = log_scales[order], remainder[order]
     new_scales, new_remainder = add(scales, remainder, jnp.log(jnp.abs(jnp.diagonal(triangle))))
     exponent = (scales[None, :] - new_scales[:, None]) + (remainder[None, :] - new_remainder[:, None])
     kept = _upper(len(order)) & jnp.isfinite(new_scales)[:, None] & (scales > -jnp.inf)[None, :]
     mixing = jnp.where(
         kept, triangle * jnp.exp(jnp.where(kept, exponent, 0)), jnp.eye(len(order), dtype=triangle.dtype)
     )
-    return Factors(factored.left, new_scales, new_remainder, triangular_times(mixing, factors.right[order]))
+    return new_scales, new_remainder, mixing
 
 
 def transposed(factors: Factors) -> Factors:
@@ -163,13 +194,19 @@ def transposed(factors: Factors) -> Factors:
     return regraded(orthogonalized(columns, factors.log_scales), dataclasses.replace(factors, right=factors.left.T))
 
 
-def triangular_times(triangle: Array, matrix: Array, block: int = 64) -> Array:
-    """Returns the product of an upper triangle and a matrix, without the blocks that are zero."""
+def transposed_rows(log_scales: Array, remainder: Array, rows: Array) -> tuple[Array, Array, Array]:
+    """Returns ℓ', its remainder and V' with diag(e^ℓ) V = V'ᵀ diag(e^ℓ') Qᵀ: what ``transposed`` does, without Q."""
+    factored = _triangularized(rows.T, log_scales)
+    scales, remainder, mixing = _rescaled(factored, log_scales, remainder)
+    return scales, remainder, jnp.zeros_like(mixing).at[:, factored.order].set(mixing, unique_indices=True)
+
+
+def triangular_times(triangle: Array, matrix: Array) -> Array:
+    """Returns the product of an upper triangle and a matrix, for the most part without the blocks that are zero."""
     size = len(triangle)
-    rows = [
-        lapack.matmul(triangle[start : start + block, start:], matrix[start:])
-        for start in range(0, size, min(block, size))
-    ]
+    # XLA has all cores take part in a product of this size, and one core in a quarter of it.
+    block = size if _MANY_PRODUCTS <= size**3 < 4 * _MANY_PRODUCTS else -(-size // 4)
+    rows = [lapack.matmul(triangle[start : start + block, start:], matrix[start:]) for start in range(0, size, block)]
     return jnp.concatenate(rows)
 
 

@@ -55,16 +55,11 @@ def log_singular_values_of_rows(log_scales: Array, remainder: Array, rows: Array
       ``[S]`` nats, descending; and the number of Jacobi sweeps, int32, 0 where the values are so close to each other
       that a plain SVD has them all.
     """
-    identity = jnp.eye(len(log_scales), dtype=rows.dtype)
-
-    def iterate(_: int, current: graded.Factors) -> graded.Factors:
-        return graded.transposed(dataclasses.replace(current, left=identity))
-
-    start = graded.Factors(identity, log_scales, remainder, rows)
-    factors = jax.lax.fori_loop(0, _QR_ITERATIONS, iterate, start)
-    spread = jnp.max(factors.log_scales) - jnp.min(factors.log_scales)
+    start = (log_scales, remainder, rows)
+    found = jax.lax.fori_loop(0, _QR_ITERATIONS, lambda _, current: graded.transposed_rows(*current), start)
+    spread = jnp.max(found[0]) - jnp.min(found[0])
     close = spread <= -np.log(jnp.finfo(rows.dtype).eps) / 4
-    values, sweeps = jax.lax.cond(close, _by_svd, _by_rotations, factors)
+    values, sweeps = jax.lax.cond(close, _by_svd, _by_rotations, *found)
     return -jnp.sort(-values), sweeps
 
 
@@ -83,29 +78,30 @@ def graded_svd(factors: graded.Factors) -> tuple[Array, Array, Array]:
         return graded.transposed(graded.transposed(current))
 
     factors = jax.lax.fori_loop(0, _QR_ITERATIONS // 2, iterate, factors)
-    rows, _ = _rotated(factors, jnp.eye(len(factors.log_scales), dtype=factors.right.dtype))
+    rotation = jnp.eye(len(factors.log_scales), dtype=factors.right.dtype)
+    rows, _ = _rotated(_Rows(factors.right, factors.log_scales, factors.remainder, rotation))
     values = rows.log_lengths + rows.remainder
     order = jnp.argsort(-values).astype(jnp.int32)
     left = lapack.matmul(factors.left, rows.rotation[order].T)
     return values[order], left, rows.units[order].T
 
 
-def _by_svd(factors: graded.Factors) -> tuple[Array, Array]:
+def _by_svd(log_scales: Array, remainder: Array, rows: Array) -> tuple[Array, Array]:
     """Returns log singular values that span few nats, which a plain SVD gives with small relative error."""
-    largest = jnp.max(factors.log_scales)
-    scales = jnp.exp((factors.log_scales - largest) + factors.remainder)
-    return largest + jnp.log(lapack.singular_values(scales[:, None] * factors.right)), jnp.zeros((), jnp.int32)
+    largest = jnp.max(log_scales)
+    scales = jnp.exp((log_scales - largest) + remainder)
+    return largest + jnp.log(lapack.singular_values(scales[:, None] * rows)), jnp.zeros((), jnp.int32)
 
 
-def _by_rotations(factors: graded.Factors) -> tuple[Array, Array]:
+def _by_rotations(log_scales: Array, remainder: Array, rows: Array) -> tuple[Array, Array]:
     """Returns log singular values, unsorted, and the number of sweeps."""
-    rows, sweeps = _rotated(factors, jnp.zeros((len(factors.log_scales), 0), factors.right.dtype))
-    return rows.log_lengths + rows.remainder, sweeps
+    rotated, sweeps = _rotated(_Rows(rows, log_scales, remainder, jnp.zeros((len(log_scales), 0), rows.dtype)))
+    return rotated.log_lengths + rotated.remainder, sweeps
 
 
-def _rotated(factors: graded.Factors, rotation: Array) -> tuple[_Rows, Array]:
+def _rotated(rows: _Rows) -> tuple[_Rows, Array]:
     """Rotates the rows of diag(e^ℓ) · V until all are orthogonal; returns them and the number of sweeps."""
-    start = _normalized(_Rows(factors.right, factors.log_scales, factors.remainder, rotation))
+    start = _normalized(rows)
 
     def unfinished(state: tuple[Array, _Rows, Array]) -> Array:
         sweeps, _, distance = state

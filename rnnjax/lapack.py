@@ -84,8 +84,11 @@ def _rows(pivots: Array, size: int) -> Array:
 
 
 def log_abs_det(matrices: Array) -> Array:
-    """Returns log|det| in nats of ``[..., S, S]``; −inf for singular matrices."""
-    return over_batch(lambda matrix: jnp.linalg.slogdet(matrix)[1], matrices, matrices.ndim - 2)
+    """Returns log|det| in nats of ``[..., S, S]``; −inf for singular matrices.
+
+    It is that of the transpose, whose columns, which LAPACK wants one after the other in memory, are rows that are so.
+    """
+    return over_batch(lambda matrix: jnp.linalg.slogdet(matrix.T)[1], matrices, matrices.ndim - 2)
 
 
 def spectral_norm(matrices: Array) -> Array:

@@ -23,6 +23,7 @@ from rnnjax import graded, lapack, validation
 from rnnjax.graded import Factors
 from rnnjax.meshes import check_not_spread
 from rnnjax.operators import DenseJacobians, Jacobians, check_finite, first_non_finite_step
+from rnnjax.sheared import ShearedJacobians, sheared
 from rnnjax.typing import Array, DType
 
 _ERROR_OF_A_BLOCK = {"float32": 2e-6, "float64": 1e-12}
@@ -30,7 +31,7 @@ _ERROR_OF_A_BLOCK = {"float32": 2e-6, "float64": 1e-12}
 _MOST_STEPS = 64
 _MARGIN = 0.9
 """Share of the log of the limit that a block is made for: steps taken back cost more than a longer block saves."""
-_SAFETY = {"float32": 25.0, "float64": 12.0}
+_SAFETY = {"float32": 16.0, "float64": 8.0}
 """What the root of the summed squares is multiplied by, by the dtype factorised in: it leaves out that later steps may
 amplify errors of earlier ones, and is chosen so that 99 % of the errors of random chains lie below the estimate."""
 
@@ -89,13 +90,13 @@ class Chain:
     """Matrices A_1 … A_T to be multiplied, first to last: Jacobians, or their transposes from the last to the first.
 
     Attributes:
-      jacobians: of one sequence, ``[T, S, S]``, in the dtype to work in.
+      jacobians: of one sequence, ``[T, S, S]``, in the dtype to work in; or sheared.
       transposed: whether A_i is the transpose of J_{T+1−i} rather than J_i.
       limit: condition number at which columns must be factored.
       scaled: whether column scales are taken from each matrix, which needs the matrix; otherwise they are ones.
     """
 
-    jacobians: Jacobians
+    jacobians: Jacobians | ShearedJacobians
     transposed: bool = flax.struct.field(pytree_node=False)
     limit: float = flax.struct.field(pytree_node=False)
     scaled: bool = flax.struct.field(pytree_node=False, default=True)
@@ -130,11 +131,17 @@ class Chain:
         indices = jnp.arange(self.jacobians.shape[0], dtype=jnp.int32)
         return jax.lax.scan(step, (zero, zero), indices[::-1] if self.transposed else indices)[1]
 
-    def times(self, index: Array, columns: Array) -> Array:
+    def times(self, index: Array, columns: Array, **options: bool) -> Array:
         """Returns A_{index + 1} V."""
         if self.transposed:
-            return self.jacobians.at_step(self.jacobians.shape[0] - 1 - index).transpose_times(columns)
-        return self.jacobians.at_step(index).times(columns)
+            return self.jacobians.at_step(self.jacobians.shape[0] - 1 - index).transpose_times(columns, **options)
+        return self.jacobians.at_step(index).times(columns, **options)
+
+    def starting_at(self, index: Array) -> "Chain":
+        """Returns a chain whose products start with A_{index + 1}, if not transposed."""
+        if not isinstance(self.jacobians, ShearedJacobians):
+            return self
+        return dataclasses.replace(self, jacobians=self.jacobians.starting_at(index))
 
     def scales(self, index: Array) -> Array:
         """Returns the column scales of A_{index + 1}, ``[S]``; ones past the end."""
@@ -150,6 +157,12 @@ class Chain:
         """Returns A_{t+count} … A_{t+1} · L of the product so far."""
         start = graded.unscaled_rows(steps.factors.left, steps.scales)
         return jax.lax.fori_loop(steps.done, steps.done + count, self.times, start)
+
+    def last_columns(self, steps: Steps) -> Array:
+        """Returns A_{t+1} … A_1 · frame of the product so far, for a product that ends there."""
+        if not isinstance(self.jacobians, ShearedJacobians):
+            return self.columns(steps, 1)
+        return self.times(steps.done, graded.unscaled_rows(steps.factors.left, steps.scales), last=True)
 
     def advanced(self, steps: Steps, end: Array | int) -> Steps:
         """Returns the product multiplied as far as A_end."""
@@ -298,7 +311,7 @@ def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
     own = jacobians.dtype
 
     def single(sequence: Jacobians) -> FactoredProduct:
-        chain = Chain(sequence.astype(wide), False, condition_limit(own, wide))
+        chain = Chain(sheared(sequence.astype(wide)), False, condition_limit(own, wide))
         steps = chain.advanced(chain.start(), sequence.shape[0])
         left, scales = steps.factors.left, steps.factors.log_scales
         factors = graded.regraded(graded.orthogonalized(left, scales), steps.factors)

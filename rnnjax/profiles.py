@@ -16,6 +16,7 @@ from rnnjax.jacobi import log_singular_values_of_rows
 from rnnjax.jacobians import jacobian_operator
 from rnnjax.operators import Jacobians, first_non_finite_step
 from rnnjax.products import Chain, Steps
+from rnnjax.sheared import sheared
 from rnnjax.typing import Array, Carry, DType, Params
 from rnnjax.unroll import trajectory
 
@@ -220,7 +221,7 @@ def _as_sequence(name: str, values: Any) -> Sequence[Any]:
 def _at(chain: Chain, steps: Steps, end: Array, mask: Array) -> tuple[Steps, Steps]:
     """Returns the product up to A_{end − 1}, and A_end … A_1 orthogonalized, with rows outside ``mask`` zero."""
     steps = chain.advanced(steps, end - 1)
-    columns = jnp.where(mask[:, None], chain.columns(steps, 1), 0)
+    columns = jnp.where(mask[:, None], chain.last_columns(steps), 0)
     factored = graded.orthogonalized(columns, steps.factors.log_scales)
     own = chain.epsilon() * graded.diagonal_errors(factored, columns, steps.factors.log_scales)
     whole = dataclasses.replace(
@@ -252,7 +253,7 @@ def _profile(jacobians: Jacobians, lags: Array, mask: Array, wide: DType) -> Spe
     def single(sequence: Jacobians) -> dict[str, Array]:
         # P(T, T − lag)ᵀ grows on the left, one step a lag.
         finite = sequence.finite().all()
-        chain = Chain(sequence.astype(wide), True, products.condition_limit(own, wide))
+        chain = Chain(sheared(sequence.astype(wide)), True, products.condition_limit(own, wide))
 
         def at_lag(steps: Steps, lag: Array) -> tuple[Steps, dict[str, Array]]:
             steps, whole = _at(chain, steps, lag, mask)
@@ -273,9 +274,9 @@ def _grid(jacobians: Jacobians, times: Array, mask: Array, wide: DType) -> Spect
 
     def single(sequence: Jacobians) -> dict[str, Array]:
         finite = sequence.finite().all()
-        chain = Chain(sequence.astype(wide), False, products.condition_limit(own, wide))
+        chain = Chain(sheared(sequence.astype(wide)), False, products.condition_limit(own, wide))
 
-        def between(steps: Steps, pair: tuple[Array, Array]) -> tuple[Steps, dict[str, Array]]:
+        def between(chain: Chain, steps: Steps, pair: tuple[Array, Array]) -> tuple[Steps, dict[str, Array]]:
             first, last = pair
 
             def pending() -> tuple[Steps, dict[str, Array]]:
@@ -289,7 +290,8 @@ def _grid(jacobians: Jacobians, times: Array, mask: Array, wide: DType) -> Spect
 
         def from_start(first: Array) -> dict[str, Array]:
             pairs = (jnp.broadcast_to(first, times.shape), times)
-            return jax.lax.scan(between, chain.start(mask, first), pairs)[1]
+            from_first = chain.starting_at(first)
+            return jax.lax.scan(functools.partial(between, from_first), from_first.start(mask, first), pairs)[1]
 
         by_start = jax.lax.map(from_start, times)
         return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), by_start)

@@ -88,27 +88,29 @@ class StructuredJacobians:
 
     def times(self, columns: Array) -> Array:
         """Returns J V for V ``[..., S, m]``, whose leading axes are those of J."""
-        parts = self._by_carry(columns)
-        from_hidden = parts[..., 0, :, :]
-        if self._forms_blocks(columns):
-            result = lapack.matmul(self._blocks(), from_hidden)
-            result = result.reshape(parts.shape) + _mixed(self.carry_derivatives[..., 1:, :], parts[..., 1:, :, :])
+        return self.times_parts(_along_first(self._by_carry(columns)))
+
+    def times_parts(self, parts: list[Array]) -> Array:
+        """Returns J V ``[..., S, m]`` for V given by carry, ``[..., H, m]`` each."""
+        if self._forms_blocks(parts[0]):
+            result = lapack.matmul(self._blocks(), parts[0])
+            result = self._by_carry(result) + _mixed(self.carry_derivatives[..., 1:, :], parts[1:])
         else:
-            result = _mixed(self.recurrent_derivatives, self._through_gates(from_hidden))
+            result = _mixed(self.recurrent_derivatives, _along_first(self._through_gates(parts[0])))
             result = result if self.gates_alone else _mixed(self.carry_derivatives, parts) + result
-        return result.reshape(columns.shape)
+        return result.reshape(*self.shape[:-1], parts[0].shape[-1])
 
     def transpose_times(self, columns: Array) -> Array:
         """Returns Jᵀ V for V ``[..., S, m]``, whose leading axes are those of J."""
         parts = self._by_carry(columns)
         if self._forms_blocks(columns):
             to_hidden = lapack.matmul(jnp.swapaxes(self._blocks(), -1, -2), columns)
-            others = _mixed(jnp.swapaxes(self.carry_derivatives[..., 1:, :], -3, -2), parts)
+            others = _mixed(jnp.swapaxes(self.carry_derivatives[..., 1:, :], -3, -2), _along_first(parts))
             return jnp.concatenate([to_hidden[..., None, :, :], others], axis=-3).reshape(columns.shape)
-        to_hidden = self._to_hidden(_mixed(jnp.swapaxes(self.recurrent_derivatives, -3, -2), parts))
+        to_hidden = self._to_hidden(_mixed(jnp.swapaxes(self.recurrent_derivatives, -3, -2), _along_first(parts)))
         if self.gates_alone:
             return to_hidden
-        result = _mixed(jnp.swapaxes(self.carry_derivatives, -3, -2), parts)
+        result = _mixed(jnp.swapaxes(self.carry_derivatives, -3, -2), _along_first(parts))
         return result.at[..., 0, :, :].add(to_hidden).reshape(columns.shape)
 
     def takes_rows(self, count: int) -> bool:
@@ -183,10 +185,15 @@ class StructuredJacobians:
         return columns.reshape(*columns.shape[:-2], num_carries, hidden, columns.shape[-1])
 
 
-def _mixed(derivatives: Array, parts: Array) -> Array:
-    """Σ_b derivatives[..., a, b, j] · parts[..., b, j, m], unit by unit, ``[..., a, j, m]``."""
-    terms = (derivatives[..., b, :, None] * parts[..., None, b, :, :] for b in range(derivatives.shape[-2]))
-    return sum(terms, jnp.zeros((), parts.dtype))
+def _mixed(derivatives: Array, parts: list[Array]) -> Array:
+    """Σ_b derivatives[..., a, b, j] · parts[b][..., j, m], unit by unit, ``[..., a, j, m]``."""
+    terms = (derivatives[..., b, :, None] * part[..., None, :, :] for b, part in enumerate(parts))
+    return sum(terms, jnp.zeros((), derivatives.dtype))
+
+
+def _along_first(array: Array) -> list[Array]:
+    """Returns the parts of an array ``[..., b, j, m]``, ``[..., j, m]`` each."""
+    return [array[..., b, :, :] for b in range(array.shape[-3])]
 
 
 def _dot(left: Array, right: Array, num_axes: int) -> Array:

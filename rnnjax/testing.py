@@ -172,6 +172,39 @@ def exact_log_singular_values(jacobians: np.ndarray, digits: int | None = None) 
     return result
 
 
+def chain_of_factors(carry_derivatives: ArrayLike, recurrent_derivatives: ArrayLike, kernel: ArrayLike) -> np.ndarray:
+    r"""A chain with the product of :math:`J_t = P_t + D_t U^\top`, without the rounding that forming J would bring.
+
+    :math:`J = [D\;P] \, [U^\top\;0; I]`, both padded with zeros to square matrices of size N = (C + G) H.
+
+    Args:
+      carry_derivatives: P, ``[T, C, C, H]``, as in ``StructuredJacobians``.
+      recurrent_derivatives: D, ``[T, C, G, H]``.
+      kernel: U, ``[H, G, H]``.
+
+    Returns:
+      ``[2T, N, N]`` in float64: the right factor of step 1, its left factor, those of step 2, and so on. The product
+      has the C·H singular values of :math:`J_T \cdots J_1`, and zeros.
+
+    Example:
+      >>> chain = chain_of_factors(np.full([3, 1, 1, 1], 0.5), np.full([3, 1, 1, 1], 2.0), np.full([1, 1, 1], 0.75))
+      >>> print(np.exp(exact_log_singular_values(chain)).round(3))  # (½ + 2 · ¾)³ and 0
+      [8. 0.]
+    """
+    by_carry, by_gate, kernel = (np.asarray(x, np.float64) for x in (carry_derivatives, recurrent_derivatives, kernel))
+    num_steps, num_carries, num_gates, hidden = by_gate.shape
+    through, state = num_gates * hidden, num_carries * hidden
+    chain, units = np.zeros((num_steps, 2, through + state, through + state)), np.arange(hidden)
+    chain[:, 0, :through, :hidden] = kernel.reshape(hidden, through).T
+    chain[:, 0, through:, :state] = np.eye(state)
+    for a in range(num_carries):
+        for g in range(num_gates):
+            chain[:, 1, a * hidden + units, g * hidden + units] = by_gate[:, a, g]
+        for b in range(num_carries):
+            chain[:, 1, a * hidden + units, through + b * hidden + units] = by_carry[:, a, b]
+    return chain.reshape(2 * num_steps, *chain.shape[2:])
+
+
 def _machine_epsilon(dtype: DType) -> float:
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"dtype must be a floating-point dtype, got {jnp.dtype(dtype).name}")

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 import rnnjax
+from rnnjax import testing
 
 LIMIT = {"float32": 2e-3, "float64": 1e-9}  # nats
 
@@ -23,6 +24,12 @@ def worst(actual, exact):
     np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(exact))
     live = np.isfinite(exact)
     return np.abs(actual[live] - exact[live]).max(initial=0.0)
+
+
+def exact_of(jacobians):
+    """All log σ of the Jacobians of a sequence, kept as factors, which are taken as exact numbers."""
+    factors = (jacobians.carry_derivatives, jacobians.recurrent_derivatives, jacobians.recurrent_kernel)
+    return testing.exact_log_singular_values(testing.chain_of_factors(*factors))[: jacobians.shape[-1]]
 
 
 def orthogonal(size, seed=0):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -161,8 +162,17 @@ def test_peers_are_recurrent_layers_of_the_same_size(kind):
 def test_other_programs_take_turns_too():
     calls = []
     made = {"other": (recurrent_peers.Uncompiled(lambda: calls.append(1)), ())}
-    result = take_turns(made, 3)["other"]
+    result = take_turns(made, 3, warm_up=0)["other"]
     assert len(calls) == 4 and result["temporary_bytes"] is None and result["median_ms"] < 1e3
+
+
+def test_turns_open_with_calls_that_are_not_timed(monkeypatch):
+    durations = [0.5, 0.02, 0.003, 0.02, 0.003]  # the first call; in each of two turns a slow one, then a fast one
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    program = recurrent_peers.Uncompiled(lambda: clock.__setitem__(0, clock[0] + durations.pop(0)))
+    result = take_turns({"other": (program, ())}, 2, warm_up=0.01)["other"]
+    assert result["median_ms"] == pytest.approx(3) and result["first_call_s"] == pytest.approx(0.5)
 
 
 def test_cost_of_training():

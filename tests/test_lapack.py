@@ -39,8 +39,10 @@ def test_scalars_are_those_of_numpy(name, batch_shape, dtype):
     matrices = jnp.asarray(random_matrices((*batch_shape, 4, 4)), dtype)
     result = jax.jit(function)(matrices)
     assert result.dtype == dtype and result.shape == batch_shape
-    expected = reference(np.asarray(matrices, np.float64))
-    np.testing.assert_allclose(result, expected, atol=testing.rounding_tolerance(dtype, 100))
+    exact = np.asarray(matrices, np.float64)
+    # Either is as inaccurate as the rounding of the entries, which moves a determinant by ε·κ.
+    allowed = testing.rounding_tolerance(dtype, 8) * np.linalg.cond(exact)
+    assert np.all(np.abs(np.asarray(result, np.float64) - reference(exact)) <= allowed)
 
 
 @pytest.mark.parametrize("batch_shape", BATCH_SHAPES)

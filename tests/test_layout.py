@@ -42,6 +42,7 @@ LAYOUT = [
     "rnnjax.lapack",
     "rnnjax.structured",
     "rnnjax.operators",
+    "rnnjax.sheared",
     "rnnjax.jacobians",
     "rnnjax.graded",
     "rnnjax.products",

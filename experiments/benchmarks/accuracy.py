@@ -6,7 +6,8 @@ compares every log σ of chains of Jacobians with references of as many digits a
 mpmath; thousands of digits for the Hénon map) and prints the largest error in nats: of the graded factors in float64,
 for float32 Jacobians (factorised in float64, the default) and in float32 throughout, with the largest error estimate of
 each behind it; of the sum of log|R_ii| of a QR at every step; and how many singular values survive plain multiplication
-followed by an SVD. The last two work in float64. It takes about two minutes on two cores.
+followed by an SVD. The last two work in float64. Jacobians of an LSTM come as matrices and as the factors that
+``jacobian_operator`` returns. It takes about two minutes on two cores.
 """
 
 import sys
@@ -20,8 +21,10 @@ from absl import app, flags
 
 import rnnjax
 from experiments import options
+from rnnjax.jacobians import jacobian_operator
 from rnnjax.serialization import format_table
-from rnnjax.testing import exact_log_singular_values
+from rnnjax.structured import StructuredJacobians
+from rnnjax.testing import chain_of_factors, exact_log_singular_values
 
 FLAGS = flags.FLAGS
 _SURVIVES = 0.01
@@ -66,11 +69,17 @@ def lstm(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarra
 def saturated_lstm(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarray:
     """Full-state Jacobians of an LSTM with large weights: step condition numbers from 1e5 to 1e9."""
     with jax.enable_x64(True):
+        return np.asarray(saturated_lstm_factors(generator, size, num_steps).dense())
+
+
+def saturated_lstm_factors(generator: np.random.Generator, size: int, num_steps: int) -> StructuredJacobians:
+    """The same, as factors."""
+    with jax.enable_x64(True):
         cell = rnnjax.LSTMCell(size // 2)
         shapes = jax.eval_shape(lambda: cell.init(jax.random.key(0), 3))
         params = jax.tree.map(lambda leaf: jnp.asarray(3 * generator.normal(size=leaf.shape)), shapes)
         path = rnnjax.trajectory(cell, params, jnp.asarray(generator.normal(size=(num_steps, 3))))
-        return np.asarray(rnnjax.step_jacobians(cell, params, path))
+        return jacobian_operator(cell, params, path)
 
 
 def henon(generator: np.random.Generator, size: int, num_steps: int) -> np.ndarray:
@@ -87,13 +96,14 @@ def orthogonal(generator: np.random.Generator, size: int, num_steps: int) -> np.
     return np.linalg.qr(generator.normal(size=(num_steps, size, size)))[0]
 
 
-CASES: dict[str, tuple[Callable[..., np.ndarray], int, int]] = {
+CASES: dict[str, tuple[Callable[..., Any], int, int]] = {
     "Gaussian": (gaussian, 12, 400),
     "near identity": (near_identity, 6, 300),
     "condition 900": (prescribed_condition, 6, 1000),
     "tanh network, gain 3": (saturated_network, 12, 400),
     "LSTM, full state": (lstm, 12, 200),
     "LSTM, saturated gates": (saturated_lstm, 12, 300),
+    "LSTM, saturated gates, factors": (saturated_lstm_factors, 6, 200),
     "Hénon map": (henon, 2, 10_000),
     "orthogonal": (orthogonal, 4, 100_000),
 }
@@ -119,33 +129,45 @@ def product_then_svd(steps: np.ndarray) -> np.ndarray:
         return scale + np.log(np.linalg.svd(product, compute_uv=False))
 
 
-def measured(name: str, steps: np.ndarray) -> dict[str, Any]:
+def measured(name: str, steps: Any) -> dict[str, Any]:
     """Returns one line of the table."""
-    rounded = steps.astype(np.float32)
-    if name == "orthogonal":
-        exact = exact_rounded = np.zeros(steps.shape[-1])
+    if isinstance(steps, StructuredJacobians):
+        with jax.enable_x64(True):
+            dense = np.asarray(steps.dense())
+        rounded = steps.astype(np.float32)
+        exact, exact_rounded = _exact_of_factors(steps), _exact_of_factors(rounded)
     else:
-        exact, exact_rounded = exact_log_singular_values(steps), exact_log_singular_values(rounded.astype(np.float64))
+        dense, rounded = steps, steps.astype(np.float32)
+        if name == "orthogonal":
+            exact = exact_rounded = np.zeros(steps.shape[-1])
+        else:
+            exact, exact_rounded = (exact_log_singular_values(x.astype(np.float64)) for x in (steps, rounded))
 
-    def error(matrices: np.ndarray, reference: np.ndarray, dtype: str) -> str:
-        spectrum = rnnjax.singular_spectrum(rnnjax.factor_product(jnp.asarray(matrices), dtype=dtype))
+    def error(matrices: Any, reference: np.ndarray, dtype: str) -> str:
+        matrices = matrices if isinstance(matrices, StructuredJacobians) else jnp.asarray(matrices)
+        spectrum = rnnjax.singular_spectrum(rnnjax.factor_product(matrices, dtype=dtype))
         largest = np.abs(np.asarray(spectrum.log_singular_values, np.float64) - reference).max()
         return f"{largest:.0e} (≤ {float(spectrum.error_estimate.max()):.0e})"
 
     with jax.enable_x64(True):
         float64_error = error(steps, exact, "float64")
-    survivors = int((np.abs(product_then_svd(steps) - exact) < _SURVIVES).sum())
+    survivors = int((np.abs(product_then_svd(dense) - exact) < _SURVIVES).sum())
     return {
         "chain": name,
-        "S": steps.shape[-1],
-        "T": len(steps),
+        "S": len(exact),
+        "T": len(dense),
         "log σ": f"{exact[0]:.0f} … {exact[-1]:.0f}",
         "float64": float64_error,
         "float32 Jacobians": error(rounded, exact_rounded, "float64"),
         "all float32": error(rounded, exact_rounded, "float32"),
-        "sum of log|R|": f"{np.abs(qr_sums(steps) - exact).max():.1f}",
+        "sum of log|R|": f"{np.abs(qr_sums(dense) - exact).max():.1f}",
         "multiply, then SVD": f"{survivors} of {len(exact)} right",
     }
+
+
+def _exact_of_factors(jacobians: StructuredJacobians) -> np.ndarray:
+    factors = (jacobians.carry_derivatives, jacobians.recurrent_derivatives, jacobians.recurrent_kernel)
+    return exact_log_singular_values(chain_of_factors(*factors))[: jacobians.shape[-1]]
 
 
 def main(argv: Sequence[str]) -> None:

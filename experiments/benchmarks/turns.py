@@ -36,8 +36,8 @@ def take_turns(
     Args:
       programs: by name, what ``jax.jit`` returns, and its arguments.
       repeats: timed calls of each.
-      warm_up: seconds of calls, one of them at least, that open each turn and are not timed: threads of the
-        contestant before may still spin, and its own may have gone to sleep.
+      warm_up: seconds of calls that open each turn and are not timed: threads of the contestant before may still spin,
+        and its own may have gone to sleep.
 
     Returns:
       By name: ``first_call_s``, compilation included; ``temporary_bytes`` beyond arguments and results, or None where
