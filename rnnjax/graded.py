@@ -92,15 +92,24 @@ class Condition:
 
     Attributes:
       whole: about ‖B̃⁻¹‖_F.
-      pivots: about the relative error of each pivot in units of rounding, ``[b]``: ‖(L̃⁻¹)_i‖ times the norm of column i
-        of diag(c) U⁻¹, as d log|U_ii| = (L⁻¹ dB U⁻¹)_ii; 0 for the columns of lost directions. It is what moves log
-        scale i.
       vanished: whether the pivot of a direction that counts is zero.
+      rows: about ‖(L̃⁻¹)_i‖, ``[b]``; 0 for the columns of lost directions.
+      triangle: U, with ones on the diagonal for those, ``[b, b]``.
+      sizes: c, the norms of the columns of B, ``[b]``.
     """
 
     whole: Array
-    pivots: Array
     vanished: Array
+    rows: Array
+    triangle: Array
+    sizes: Array
+
+    def of_pivots(self) -> Array:
+        """Returns about the relative error of each pivot in units of rounding, ``[b]``, which moves its log scale.
+
+        It is ‖(L̃⁻¹)_i‖ times the norm of column i of diag(c) U⁻¹, as d log|U_ii| = (L⁻¹ dB U⁻¹)_ii.
+        """
+        return self.rows * _columns_of_inverse(self.triangle, self.sizes)
 
 
 def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condition:
@@ -112,16 +121,17 @@ def condition(factored: Triangular, columns: Array, log_scales: Array) -> Condit
     norms, row_scales = _sizes(columns, live)
     pivots, norms = jnp.diagonal(factored.triangle), norms[factored.order]
     counts = live[factored.order] & (pivots != 0)
-    signs = _random_signs(len(live), columns.dtype)
-    top = factored.rows[: len(live)]
-    solved = _solve(factored.sorted_left[: len(live)], row_scales[top][:, None] * signs, lower=True)
-    solved = jnp.where(counts[:, None], solved, 0)
+    lower, top = factored.sorted_left[: len(live)], factored.rows[: len(live)]
+    signs = row_scales[top][:, None] * _random_signs(len(live), columns.dtype)
+    solved = jnp.where(counts[:, None], _solve(lower, signs, lower=True), 0)
     invertible = factored.triangle + jnp.diag(jnp.where(counts, 0, 1 - pivots))
     whole = norms[:, None] * _solve(invertible, solved, lower=False)
     return Condition(
         whole=jnp.sqrt(jnp.sum(jnp.where(counts[:, None], whole, 0) ** 2) / _PROBES),
-        pivots=_root_mean_square(solved) * _columns_of_inverse(invertible, norms, signs),
         vanished=(live[factored.order] & (pivots == 0)).any(),
+        rows=_root_mean_square(solved),
+        triangle=invertible,
+        sizes=norms,
     )
 
 
@@ -137,7 +147,7 @@ def diagonal_errors(factored: Triangular, columns: Array, log_scales: Array) -> 
     diagonal = jnp.diagonal(factored.triangle)
     counts = live[factored.order] & (diagonal != 0)
     invertible = factored.triangle + jnp.diag(jnp.where(counts, 0, 1 - diagonal))
-    by_column = _columns_of_inverse(invertible, norms[factored.order], _random_signs(len(live), columns.dtype))
+    by_column = _columns_of_inverse(invertible, norms[factored.order])
     return jnp.where(counts, jnp.sqrt(jnp.sum(rows**2, axis=0)) * by_column, 0)
 
 
@@ -148,9 +158,10 @@ def _sizes(columns: Array, live: Array) -> tuple[Array, Array]:
     return norms, jnp.where(live[None, :], relative, 0).max(axis=1)
 
 
-def _columns_of_inverse(triangle: Array, sizes: Array, signs: Array) -> Array:
+def _columns_of_inverse(triangle: Array, sizes: Array) -> Array:
     """Returns about the norm of each column of diag(sizes) R⁻¹ for an upper triangle R, ``[b]``."""
-    solved = jax.lax.linalg.triangular_solve(triangle.T, sizes[:, None] * signs, left_side=True, lower=True)
+    signs = sizes[:, None] * _random_signs(len(sizes), triangle.dtype)
+    solved = jax.lax.linalg.triangular_solve(triangle.T, signs, left_side=True, lower=True)
     return jnp.maximum(_root_mean_square(solved), sizes / jnp.abs(jnp.diagonal(triangle)))
 
 
@@ -158,12 +169,13 @@ def _random_signs(count: int, dtype: DType) -> Array:
     return jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (count, _PROBES)), dtype)
 
 
+def _solve(triangle: Array, right: Array, *, lower: bool) -> Array:
+    """Solves with the transpose of the transpose, whose columns lie together in memory, as LAPACK wants them."""
+    return jax.lax.linalg.triangular_solve(triangle.T, right, left_side=True, lower=not lower, transpose_a=True)
+
+
 def _root_mean_square(columns: Array) -> Array:
     return jnp.sqrt(jnp.sum(columns**2, axis=1) / _PROBES)
-
-
-def _solve(triangle: Array, right: Array, *, lower: bool) -> Array:
-    return jax.lax.linalg.triangular_solve(triangle.T, right, left_side=True, lower=not lower, transpose_a=True)
 
 
 def regraded(factored: Triangular, factors: Factors) -> Factors:

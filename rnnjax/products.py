@@ -93,7 +93,8 @@ class Chain:
       jacobians: of one sequence, ``[T, S, S]``, in the dtype to work in; or sheared.
       transposed: whether A_i is the transpose of J_{T+1−i} rather than J_i.
       limit: condition number at which columns must be factored.
-      scaled: whether column scales are taken from each matrix, which needs the matrix; otherwise they are ones.
+      scaled: whether column scales are taken from each matrix, which needs the matrix, and errors estimated; otherwise
+        scales are ones and errors 0.
     """
 
     jacobians: Jacobians | ShearedJacobians
@@ -181,14 +182,14 @@ class Chain:
         taken_back = dataclasses.replace(steps, block=shorter, num_factorizations=steps.num_factorizations + 1)
 
         def accept() -> Steps:
-            error = (self.epsilon() * condition.pivots) ** 2 * (count + 1).astype(scales.dtype)
+            errors = self.epsilon() * condition.of_pivots() if self.scaled else jnp.zeros_like(condition.rows)
             return Steps(
                 graded.regraded(factored, steps.factors),
                 scales,
                 steps.done + count,
                 self._next_block(steps.block, count, condition.whole),
                 steps.num_factorizations + 1,
-                steps.squared_error[factored.order] + error,
+                steps.squared_error[factored.order] + errors**2 * (count + 1).astype(scales.dtype),
             )
 
         return jax.lax.cond(accepted, accept, lambda: taken_back)
