@@ -98,7 +98,7 @@ def _alignment(jacobians: Jacobians, gradient: Array, lags: Array, wide: DType) 
 
     def single(sequence: Jacobians) -> tuple[Array, Array]:
         # P(T, T − lag)ᵀ grows on the left, one step a lag; its right singular vectors are the left ones of P.
-        chain = Chain(sheared(sequence.astype(wide)), True, products.condition_limit(own, wide))
+        chain = Chain(sheared(sequence, wide), True, products.condition_limit(own, wide))
 
         def at_lag(steps: Steps, lag: Array) -> tuple[Steps, tuple[Array, Array]]:
             steps = chain.advanced(steps, lag - 1)

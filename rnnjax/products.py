@@ -215,7 +215,8 @@ def factor_product(matrices: Array | Jacobians, *, dtype: DType | None = None) -
 
     Args:
       matrices: A_1 … A_T along axis 0, ``[T, ..., S, S]``, float32 or float64 (narrower is widened to float32); or
-        what ``jacobian_operator`` returns, of which at most one matrix at a time is formed.
+        what ``jacobian_operator`` returns, of which at most one matrix at a time is formed, and which keeps the digits
+        of an LSTM whose gates saturate (see ``sheared``).
       dtype: float32 or float64, what the factorisations are computed in. float64 by default, also for float32 matrices
         and whatever JAX's own setting: an error of float32 grows to ε·κ·√T nats for steps of condition κ, and far
         beyond where neighbouring directions nearly meet. On TPU, which has no float64, the default is the matrices'
@@ -312,7 +313,7 @@ def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
     own = jacobians.dtype
 
     def single(sequence: Jacobians) -> FactoredProduct:
-        chain = Chain(sheared(sequence.astype(wide)), False, condition_limit(own, wide))
+        chain = Chain(sheared(sequence, wide), False, condition_limit(own, wide))
         steps = chain.advanced(chain.start(), sequence.shape[0])
         left, scales = steps.factors.left, steps.factors.log_scales
         factors = graded.regraded(graded.orthogonalized(left, scales), steps.factors)

@@ -253,7 +253,7 @@ def _profile(jacobians: Jacobians, lags: Array, mask: Array, wide: DType) -> Spe
     def single(sequence: Jacobians) -> dict[str, Array]:
         # P(T, T − lag)ᵀ grows on the left, one step a lag.
         finite = sequence.finite().all()
-        chain = Chain(sheared(sequence.astype(wide)), True, products.condition_limit(own, wide))
+        chain = Chain(sheared(sequence, wide), True, products.condition_limit(own, wide))
 
         def at_lag(steps: Steps, lag: Array) -> tuple[Steps, dict[str, Array]]:
             steps, whole = _at(chain, steps, lag, mask)
@@ -274,7 +274,7 @@ def _grid(jacobians: Jacobians, times: Array, mask: Array, wide: DType) -> Spect
 
     def single(sequence: Jacobians) -> dict[str, Array]:
         finite = sequence.finite().all()
-        chain = Chain(sheared(sequence.astype(wide)), False, products.condition_limit(own, wide))
+        chain = Chain(sheared(sequence, wide), False, products.condition_limit(own, wide))
 
         def between(chain: Chain, steps: Steps, pair: tuple[Array, Array]) -> tuple[Steps, dict[str, Array]]:
             first, last = pair

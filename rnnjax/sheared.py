@@ -25,14 +25,14 @@ class ShearedJacobians:
     """S_t J_t S_{t−1}⁻¹ of a cell with two carries.
 
     Attributes:
-      jacobians: J_t, ``[..., 2H, 2H]``.
-      rows: S_t J_t.
+      rows: S_t J_t, ``[..., 2H, 2H]``, in the dtype to work in.
       before: a_{t−1} and b_{t−1}, ``[..., 2, H]``.
+      factors: P and D of J_t itself, in the dtype they came in.
     """
 
-    jacobians: StructuredJacobians
     rows: StructuredJacobians
     before: Array
+    factors: tuple[Array, Array]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +46,8 @@ class ShearedJacobians:
 
     def at_step(self, step: Array | int) -> "ShearedJacobians":
         """Returns the matrix of one step, without the time axis."""
-        return ShearedJacobians(self.jacobians.at_step(step), self.rows.at_step(step), self.before[step])
+        by_carry, by_gate = self.factors
+        return ShearedJacobians(self.rows.at_step(step), self.before[step], (by_carry[step], by_gate[step]))
 
     def starting_at(self, step: Array | int) -> "ShearedJacobians":
         """Returns matrices of which those from a step on have the product of its Jacobian and later ones."""
@@ -55,8 +56,8 @@ class ShearedJacobians:
     def times(self, columns: Array, *, last: bool = False) -> Array:
         """Returns S_t J_t S_{t−1}⁻¹ V for V ``[..., 2H, m]``; J_t S_{t−1}⁻¹ V for the last step of a product."""
         (hidden, memory), (a, b) = jnp.split(columns, 2, axis=-2), self._shears()
-        factors = self.jacobians if last else self.rows
-        return factors.times_parts([hidden + a[..., None] * memory, memory + b[..., None] * hidden])
+        matrices = self._plain() if last else self.rows
+        return matrices.times_parts([hidden + a[..., None] * memory, memory + b[..., None] * hidden])
 
     def transpose_times(self, columns: Array, *, last: bool = False) -> Array:
         """Returns S_{t−1}⁻ᵀ J_tᵀ S_tᵀ V; J_tᵀ S_tᵀ V for the last step of a product of transposes."""
@@ -73,35 +74,51 @@ class ShearedJacobians:
 
     def log_abs_det(self) -> Array:
         """Returns log|det J_t| in nats, ``[...]``, which shears do not change."""
-        return self.jacobians.log_abs_det()
+        return self._plain().log_abs_det()
+
+    def _plain(self) -> StructuredJacobians:
+        by_carry, by_gate = (x.astype(self.dtype) for x in self.factors)
+        return dataclasses.replace(self.rows, carry_derivatives=by_carry, recurrent_derivatives=by_gate)
 
     def _shears(self) -> tuple[Array, Array]:
         return self.before[..., 0, :], self.before[..., 1, :]
 
 
-def sheared(jacobians: Jacobians) -> Jacobians | ShearedJacobians:
+def sheared(jacobians: Jacobians, dtype: DType) -> Jacobians | ShearedJacobians:
     """Returns a chain ``[T, S, S]`` with the product of the Jacobians: sheared where an affine cell has two carries.
+
+    Args:
+      jacobians: of one sequence.
+      dtype: to work in.
+
+    Returns:
+      The chain in that dtype.
 
     Example:
       >>> import jax.numpy as jnp
       >>> by_carry = jnp.array([[[[0.0], [0.25]], [[0.0], [0.5]]]] * 2)  # h is half of c, but for what comes from h
-      >>> chain = sheared(StructuredJacobians.from_factors(by_carry, jnp.ones((2, 2, 1, 1)), jnp.ones((1, 1, 1))))
+      >>> steps = StructuredJacobians.from_factors(by_carry, jnp.ones((2, 2, 1, 1)), jnp.ones((1, 1, 1)))
+      >>> chain = sheared(steps, jnp.float32)
       >>> print(chain.dense()[0])
       [[0.5 0. ]
        [1.  0.5]]
     """
     if not isinstance(jacobians, StructuredJacobians) or jacobians.carry_derivatives.shape[-2] != 2:
-        return jacobians
-    factors = (jacobians.carry_derivatives, jacobians.recurrent_derivatives)
-    hidden, memory = jacobians.carry_derivatives[:, 0, 1], jacobians.carry_derivatives[:, 1, 1]
+        return jacobians.astype(dtype)
+    wide = jacobians.astype(dtype)
+    factors = (wide.carry_derivatives, wide.recurrent_derivatives)
+    hidden, memory = wide.carry_derivatives[:, 0, 1], wide.carry_derivatives[:, 1, 1]
     a, b = _ratio(hidden, memory), _ratio(memory, hidden)
-    keeps_memory = jnp.concatenate([_weight_of_memory(jacobians)[1:] >= jnp.abs(a[:-1]), jnp.zeros_like(a[:1], bool)])
+    keeps_memory = jnp.concatenate([_weight_of_memory(wide)[1:] >= jnp.abs(a[:-1]), jnp.zeros_like(a[:1], bool)])
     a, hidden_rows = _smaller(factors, 0, jnp.where(keeps_memory, a, 0).at[-1].set(0))
     b, memory_rows = _smaller(factors, 1, jnp.where(keeps_memory, 0, b).at[-1].set(0))
     carries, gates = (jnp.stack(pair, axis=1) for pair in zip(hidden_rows, memory_rows, strict=True))
     after = jnp.stack([a, b], axis=1)
-    rows = dataclasses.replace(jacobians, carry_derivatives=carries, recurrent_derivatives=gates)
-    return ShearedJacobians(jacobians, rows, jnp.concatenate([jnp.zeros_like(after[:1]), after[:-1]]))
+    return ShearedJacobians(
+        dataclasses.replace(wide, carry_derivatives=carries, recurrent_derivatives=gates),
+        jnp.concatenate([jnp.zeros_like(after[:1]), after[:-1]]),
+        (jacobians.carry_derivatives, jacobians.recurrent_derivatives),
+    )
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

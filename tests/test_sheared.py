@@ -53,7 +53,7 @@ def shears(chain):
 
 def test_steps_are_sheared_jacobians(dtype):
     jacobians = random_chain(dtype)
-    chain = sheared(jacobians)
+    chain = sheared(jacobians, dtype)
     assert chain.shape == jacobians.shape and chain.dtype == jacobians.dtype
     outer = shears(chain)
     assert np.count_nonzero(outer[1:-1] - np.eye(8)), "some units are sheared"
@@ -78,7 +78,9 @@ def test_steps_are_sheared_jacobians(dtype):
 def test_the_product_is_that_of_the_jacobians():
     with jax.enable_x64():
         jacobians = random_chain(jnp.float64)
-        found, expected = (np.linalg.multi_dot(np.asarray(x.dense())[::-1]) for x in (sheared(jacobians), jacobians))
+        found, expected = (
+            np.linalg.multi_dot(np.asarray(x.dense())[::-1]) for x in (sheared(jacobians, jnp.float64), jacobians)
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
@@ -94,7 +96,10 @@ def test_steps_of_an_lstm_become_well_conditioned():
         params = cell.init(jax.random.key(0), 3)
         path = rnnjax.trajectory(cell, params, jax.random.normal(jax.random.key(1), (50, 3)))
         jacobians = jacobian_operator(cell, params, path)
-        plain, better = np.asarray(jacobians.dense(), np.float64), np.asarray(sheared(jacobians).dense(), np.float64)
+        plain, better = (
+            np.asarray(jacobians.dense(), np.float64),
+            np.asarray(sheared(jacobians, jnp.float64).dense(), np.float64),
+        )
     assert condition(plain[1:]) > 200 and condition(better[1:-1]) < 20
 
 
@@ -103,7 +108,7 @@ def test_digits_survive_where_rows_nearly_cancel(dtype):
     unit, small = jnp.ones((2, 1), dtype), 2.0**-13
     by_carry = jnp.stack([jnp.stack([0 * unit, 0.75 * unit], 1), jnp.stack([0 * unit, 1.5 * unit], 1)], 1)
     by_gate = jnp.stack([unit * (0.5 + small), unit * 1.0], 1)[:, :, None]
-    chain = sheared(StructuredJacobians.from_factors(by_carry, by_gate, jnp.ones((1, 1, 1), dtype)))
+    chain = sheared(StructuredJacobians.from_factors(by_carry, by_gate, jnp.ones((1, 1, 1), dtype)), dtype)
     assert float(chain.before[1, 0, 0]) == 0.5
     assert float(chain.rows.recurrent_derivatives[0, 0, 0, 0]) == small
     assert float(chain.rows.carry_derivatives[0, 0, 1, 0]) == 0
@@ -113,7 +118,7 @@ def test_units_are_left_alone_where_shears_would_not_make_rows_smaller():
     one = jnp.ones((3, 1))
     by_carry = jnp.stack([jnp.stack([0 * one, 1e-3 * one], 1), jnp.stack([0 * one, 2e-3 * one], 1)], 1)
     by_gate = jnp.stack([1e-6 * one, one], 1)[:, :, None]
-    chain = sheared(StructuredJacobians.from_factors(by_carry, by_gate, jnp.full((1, 1, 1), 1e-4)))
+    chain = sheared(StructuredJacobians.from_factors(by_carry, by_gate, jnp.full((1, 1, 1), 1e-4)), jnp.float32)
     np.testing.assert_array_equal(chain.rows.recurrent_derivatives[:, 0], by_gate[:, 0])
     np.testing.assert_array_equal(chain.before[:, 0], 0)
 
@@ -122,7 +127,9 @@ def test_other_jacobians_stay_as_they_are():
     cell = rnnjax.GRUCell(3)
     params = cell.init(jax.random.key(0), 2)
     jacobians = jacobian_operator(cell, params, rnnjax.trajectory(cell, params, jnp.ones((4, 2))))
-    assert sheared(jacobians) is jacobians
+    found = sheared(jacobians, jnp.float32)
+    np.testing.assert_array_equal(found.dense(), jacobians.dense())
+    assert not isinstance(found, ShearedJacobians)
 
 
 @pytest.mark.parametrize("seed", [3, 9])  # where rows are not sheared: 1e-9 to 3e-9 nats
@@ -130,7 +137,7 @@ def test_saturated_gates(seed, dtype):
     """Steps of condition 1e5 and beyond, and none of the digits lost."""
     cell, params, inputs = saturated_lstm(3.0, dtype, seed)
     jacobians = jacobian_operator(cell, params, rnnjax.trajectory(cell, params, inputs))
-    assert isinstance(sheared(jacobians), ShearedJacobians)
+    assert isinstance(sheared(jacobians, dtype), ShearedJacobians)
     exact = exact_of(jacobians)
     spectrum = rnnjax.singular_spectrum(rnnjax.factor_product(jacobians))
     error = worst(spectrum.log_singular_values, exact)
