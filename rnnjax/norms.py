@@ -12,7 +12,7 @@ from rnnjax.meshes import check_not_spread
 from rnnjax.operators import Jacobians
 from rnnjax.typing import Array
 
-_LAGS_TOGETHER = 16
+_LAGS_TOGETHER = 20
 _RIVAL_SHARE = 0.5
 _RANDOM_SHARE = 0.3
 _RESIDUAL = {"float32": 1e-5, "float64": 1e-7}
@@ -117,7 +117,7 @@ def _norms_of_sequence(jacobians: Jacobians) -> Array:
 
 
 def _unfinished(state: _Growing, num_steps: int) -> Array:
-    # In rounds of lags: XLA on CPU would leave out a loop of "i < 1, i += 16" (jaxlib 0.10.2).
+    # In rounds of lags: XLA on CPU would leave out a loop of "i < 1, i += 20" (jaxlib 0.10.2).
     return state.lag // _LAGS_TOGETHER < -(-num_steps // _LAGS_TOGETHER)
 
 
