@@ -32,7 +32,7 @@ def test_cost_of_spectra():
     result = run("spectra", "--cells=GRU", "--sizes=4", "--num_steps=6", "--repeats=1")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert {line["cell"] for line in lines} == {"GRU"}
     assert all(line["median_ms"] > 0 and line["first_call_s"] > line["median_ms"] / 1e3 for line in lines)
     assert "jacrev of scan" in result.stdout.splitlines()[-3]
@@ -53,6 +53,9 @@ def test_what_is_timed_is_right():
     for name, shape in (("leading quarter", (2,)), ("all of 16", (16, 8))):
         program, arguments = programs[name]
         assert jax.eval_shape(program, *arguments).log_singular_values.shape == shape
+    together, (one_by_one, _) = programs["all of 16"][0](params, many), programs["16 one by one"]
+    one_by_one = np.stack([result.log_singular_values for result in one_by_one()])
+    np.testing.assert_allclose(one_by_one, together.log_singular_values, atol=1e-5)
 
 
 @pytest.mark.parametrize(
