@@ -319,16 +319,17 @@ def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
         factors = graded.regraded(graded.orthogonalized(left, scales), steps.factors)
         factors = jax.lax.fori_loop(0, 2, lambda _, own: graded.transposed(own), factors)
         rounded = graded.narrowed(factors, own)
-        first_bad = first_non_finite_step(sequence)
         return FactoredProduct(
             left=rounded.left,
-            log_scales=jnp.where(first_bad < 0, rounded.log_scales, jnp.nan),
+            log_scales=rounded.log_scales,
             log_scales_remainder=rounded.remainder,
             right=rounded.right,
             log_abs_det=chain.log_abs_dets()[-1].astype(own),
             error_estimate=error_estimate(steps, -jnp.sort(-factors.log_scales), own),
             num_factorizations=steps.num_factorizations + 3,
-            first_non_finite_step=first_bad,
+            first_non_finite_step=jnp.full((), -1, jnp.int32),
         )
 
-    return over_sequences(single, jacobians)
+    product, first_bad = over_sequences(single, jacobians), first_non_finite_step(jacobians)
+    scales = jnp.where(first_bad[..., None] < 0, product.log_scales, jnp.nan)
+    return dataclasses.replace(product, log_scales=scales, first_non_finite_step=first_bad)
