@@ -157,3 +157,22 @@ def test_bfloat16_matrices_are_taken_as_exact_numbers():
 def test_bad_chains_are_refused(change, options, message):
     with pytest.raises(ValueError, match=message):
         factor_product(change(gaussian_chain(5, 3)), **options)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 210])  # a block, blocks of unlike size, and one that is not cut into blocks
+def test_triangles_times_matrices(size):
+    with jax.enable_x64():
+        triangle, matrix = (np.random.default_rng(seed).normal(size=(size, size)) for seed in range(2))
+        triangle = np.triu(triangle)
+        found = graded.triangular_times(jnp.asarray(triangle), jnp.asarray(matrix))
+        np.testing.assert_allclose(found, triangle @ matrix, atol=1e-12 * size)
+
+
+def test_rows_are_transposed_as_with_their_orthogonal_factor():
+    with jax.enable_x64():
+        rows = jax.random.normal(jax.random.key(0), (5, 5))
+        scales, remainder = jnp.array([3.0, 1.0, 0.0, -2.0, -400.0]), jnp.zeros(5)
+        expected = graded.transposed(graded.Factors(jnp.eye(5), scales, remainder, rows))
+        found = graded.transposed_rows(scales, remainder, rows)
+        for actual, desired in zip(found, (expected.log_scales, expected.remainder, expected.right), strict=True):
+            np.testing.assert_allclose(actual, desired, atol=1e-12)
