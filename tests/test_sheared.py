@@ -205,3 +205,15 @@ def test_rank_is_lost_where_it_was():
     path = rnnjax.trajectory(cell, params, jax.random.normal(jax.random.key(1), (9, 2)))
     values = rnnjax.log_singular_values(rnnjax.factor_product(jacobian_operator(cell, params, path)))
     assert np.isfinite(values[:3]).all() and np.isneginf(values[3:]).all()
+
+
+def test_rank_is_lost_where_states_are_zero():
+    """While c = 0, o has no influence and h = o c to first order: rank H, exactly."""
+    cell = rnnjax.LSTMCell(4)
+    params = cell.init(jax.random.key(0), 1)
+    inputs = jnp.concatenate([jnp.zeros((5, 1)), jax.random.normal(jax.random.key(1), (10, 1))])
+    profile = rnnjax.spectral_profile(cell, params, inputs, lags=[10, 15])
+    assert np.isfinite(profile.log_singular_values[0]).all()
+    assert (
+        np.isfinite(profile.log_singular_values[1, :4]).all() and np.isneginf(profile.log_singular_values[1, 4:]).all()
+    )
