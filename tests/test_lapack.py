@@ -40,8 +40,10 @@ def test_scalars_are_those_of_numpy(name, batch_shape, dtype):
     result = jax.jit(function)(matrices)
     assert result.dtype == dtype and result.shape == batch_shape
     exact = np.asarray(matrices, np.float64)
-    # Either is as inaccurate as the rounding of the entries, which moves a determinant by ε·κ.
-    allowed = testing.rounding_tolerance(dtype, 8) * np.linalg.cond(exact)
+    # Rounding of the entries moves a determinant by up to ε·κ; one of the matrices has κ = 1700.
+    allowed = testing.rounding_tolerance(dtype, 60)
+    if name == "log_abs_det":
+        allowed += testing.rounding_tolerance(dtype, 0.1) * np.linalg.cond(exact)
     assert np.all(np.abs(np.asarray(result, np.float64) - reference(exact)) <= allowed)
 
 
