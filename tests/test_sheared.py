@@ -1,6 +1,7 @@
 """Chains of LSTM Jacobians in which the rows of h leave out what they share with those of c."""
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +105,18 @@ def test_steps_of_an_lstm_become_well_conditioned():
 
 
 def test_digits_survive_where_rows_nearly_cancel(dtype):
-    """h = a c but for parts in 10⁴ that are told from rounding: all factors are sums of few powers of two."""
-    unit, small = jnp.ones((2, 1), dtype), 2.0**-13
-    by_carry = jnp.stack([jnp.stack([0 * unit, 0.75 * unit], 1), jnp.stack([0 * unit, 1.5 * unit], 1)], 1)
-    by_gate = jnp.stack([unit * (0.5 + small), unit * 1.0], 1)[:, :, None]
-    chain = sheared(StructuredJacobians.from_factors(by_carry, by_gate, jnp.ones((1, 1, 1), dtype)), dtype)
-    assert float(chain.before[1, 0, 0]) == 0.5
-    assert float(chain.rows.recurrent_derivatives[0, 0, 0, 0]) == small
-    assert float(chain.rows.carry_derivatives[0, 0, 1, 0]) == 0
+    """h = a c but for a few units of rounding: what is left of rows of h is right, as exact fractions say."""
+    random, one = np.random.default_rng(0), jnp.ones((2, 50), dtype)
+    own, ratio, gate = (jnp.asarray(random.uniform(0.5, 1, (2, 50)), dtype) for _ in range(3))
+    by_carry = jnp.stack([jnp.stack([0 * one, ratio * own], 1), jnp.stack([0 * one, own], 1)], 1)
+    hidden = ratio * gate * (1 + 8 * jnp.finfo(dtype).eps)
+    by_gate = jnp.stack([hidden, gate], 1)[:, :, None]
+    chain = sheared(StructuredJacobians.from_factors(by_carry, by_gate, jnp.full((50, 1, 50), 1e-3, dtype)), dtype)
+    shear = np.asarray(chain.before[1, 0], np.float64)
+    assert (shear > 0).all()
+    for found, a, h, c in zip(chain.rows.recurrent_derivatives[0, 0, 0], shear, hidden[0], gate[0], strict=True):
+        exact = Fraction(float(h)) - Fraction(float(a)) * Fraction(float(c))
+        assert abs(float(found) - exact) <= 1e-3 * abs(exact)
 
 
 def test_units_are_left_alone_where_shears_would_not_make_rows_smaller():
