@@ -7,8 +7,8 @@ S_t = [[1, −a_t], [0, 1]] for each unit,
 
 is the same product of matrices whose rows differ in size instead of being nearly dependent. Scaling rows mends the
 first (see ``graded``), nothing the second: a step of an LSTM of 128 units, condition number 700, has 8 that way. Where
-c_t hardly counts in the next step beside h_t, it is the row of c that leaves out b = 1/a times that of h instead: columns
-of h and c would be nearly dependent otherwise.
+c_t hardly counts in the next step beside h_t, it is the row of c that leaves out b = 1/a times that of h instead:
+columns of h and c would be nearly dependent otherwise.
 """
 
 import dataclasses
