@@ -18,17 +18,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from rnnjax import linearisation
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.chunks import scan_chunks, scan_in_place, to_be_filled, unseen_false
+from rnnjax.chunks import scan_chunks, unseen_false
 from rnnjax.controls import Controls, where
+from rnnjax.deferred import call_with_jvp
+from rnnjax.in_place import scan_in_place
 from rnnjax.linear_maps import linear_map
 from rnnjax.linearisation import Linearisation, Sequence, chunk_size, perturbed
 from rnnjax.local_derivatives import LocalDerivatives
 from rnnjax.pointwise import PointwiseProgram
-from rnnjax.side_by_side import in_halves, number_of_loops, scan_side_by_side
+from rnnjax.side_by_side import in_halves, number_of_loops
 from rnnjax.typing import Array
 
 _KERNELS = ("input_kernel", "recurrent_kernel")
@@ -50,9 +51,9 @@ class ScanSettings:
     side_by_side: bool = False
 
     @property
-    def scan(self) -> Any:
-        """What scans in place."""
-        return scan_side_by_side if self.side_by_side else scan_in_place
+    def loop(self) -> dict[str, bool]:
+        """How to scan in place."""
+        return {"reverse": self.reverse, "side_by_side": self.side_by_side}
 
     def rounded(self, params: CellParams) -> CellParams:
         """Returns the weights with kernels in the dtype to multiply in."""
@@ -62,11 +63,19 @@ class ScanSettings:
         return dataclasses.replace(params, **kernels)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def scan_affine(
     cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
 ) -> tuple[list[Array], Array]:
     """Returns the last carry, leaf by leaf, and the hidden state of every step ``[T, ..., H]``."""
+    hidden = sequence.carry[0]
+    like = sequence.carry, jax.ShapeDtypeStruct((len(sequence.inputs), *hidden.shape), hidden.dtype)
+    value, derivative = (functools.partial(function, cell, settings) for function in (_plain, _jvp))
+    return call_with_jvp(value, derivative, (sequence, controls), like)
+
+
+def _plain(
+    cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
+) -> tuple[list[Array], Array]:
     params, step = settings.rounded(sequence.params), _step(cell, settings, sequence, derivatives=False)
 
     def chunk(carry: list[Array], xs: Any) -> Any:
@@ -75,7 +84,7 @@ def scan_affine(
 
     xs, size = (sequence.inputs, controls, sequence.perturbations), chunk_size(params, sequence.inputs)
     last, (hidden, _) = scan_chunks(chunk, sequence.carry, xs, size, reverse=settings.reverse)
-    return last, _mapped_axis_first(hidden)
+    return last, hidden
 
 
 def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, derivatives: bool) -> Any:
@@ -103,14 +112,6 @@ def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, deriv
     return step
 
 
-def _mapped_axis_first(array: Array) -> Array:
-    """Returns the array; under ``vmap``, with its mapped axis first.
-
-    Scans leave it elsewhere than loops do, and JAX takes it to be at the same place with derivatives as without.
-    """
-    return array.reshape(-1).reshape(array.shape)
-
-
 def _forward(
     cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
 ) -> tuple[list[Array], tuple[Array, LocalDerivatives]]:
@@ -121,20 +122,16 @@ def _forward(
     step = _step(cell, settings, sequence, derivatives=True)
     single = cell.num_gates == 1  # an axis of one gate would have XLA copy the rows that the loop starts from
 
-    def step_in_place(carry: list[Array], xs: Any, rows: tuple[Array, Any]) -> tuple[list[Array], tuple[Array, Any]]:
-        carry, (hidden, local) = step(carry, (_with_gate(rows[0], single), *xs))
+    def step_in_place(carry: list[Array], xs: Any, from_inputs: Array) -> tuple[list[Array], Array, Any]:
+        carry, (hidden, local) = step(carry, (_with_gate(from_inputs, single), *xs))
         first, *by_gate = local.by_gate
-        return carry, (_without_gate(first, single), (hidden, dataclasses.replace(local, by_gate=tuple(by_gate))))
+        return carry, _without_gate(first, single), (hidden, dataclasses.replace(local, by_gate=tuple(by_gate)))
 
-    from_inputs = _without_gate(cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs), single)
-    others = (controls, sequence.perturbations)
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (others, (from_inputs, None)))
-    _, (_, like) = jax.eval_shape(step_in_place, sequence.carry, *first)
-    rows = (from_inputs, to_be_filled(len(from_inputs), like, after=from_inputs))
-    last, rows = settings.scan(step_in_place, sequence.carry, others, rows, reverse=settings.reverse)
-    by_gate, (hidden, local) = rows
+    rows = _without_gate(cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs), single)
+    xs = (controls, sequence.perturbations)
+    last, by_gate, (hidden, local) = scan_in_place(step_in_place, sequence.carry, xs, rows, rows, **settings.loop)
     local = dataclasses.replace(local, by_gate=(_with_gate(by_gate, single), *local.by_gate))
-    return last, (_mapped_axis_first(hidden), local)
+    return last, (hidden, local)
 
 
 def _without_gate(array: Array, single: bool) -> Array:
@@ -145,7 +142,6 @@ def _with_gate(array: Array, single: bool) -> Array:
     return array[..., None, :] if single else array
 
 
-@functools.partial(scan_affine.defjvp, symbolic_zeros=True)
 def _jvp(
     cell: AffineCell, settings: ScanSettings, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
@@ -153,13 +149,14 @@ def _jvp(
     per_step, num_sequences = hidden.size * hidden.shape[-1] * cell.num_gates, len(hidden) if hidden.ndim > 1 else 1
     if not settings.side_by_side and number_of_loops(per_step, len(primals[0].inputs), num_sequences) > 1:
         return _jvp_in_parts(cell, settings, primals, tangents)
-    (sequence, controls), moved = primals, _known(tangents[0])
+    (sequence, controls), (moved, _) = primals, tangents
     last, (hidden, local) = _forward(cell, settings, sequence, controls)
     carry = [jnp.zeros_like(p) if t is None else t for p, t in zip(sequence.carry, moved.carry, strict=True)]
     moved = dataclasses.replace(moved, carry=carry)
     wanted = jax.tree.map(lambda _: True, moved)
-    # XLA is to take the last carry as used, even if nobody does: see ``side_by_side``.
-    first = sequence.carry[0] + unseen_false(last).astype(hidden.dtype)
+    first = sequence.carry[0]
+    if settings.side_by_side:  # XLA is to take the last carry as used, even if nobody does
+        first += unseen_false(last).astype(hidden.dtype)
     residuals = Linearisation(
         settings.rounded(sequence.params),
         sequence.inputs,
@@ -172,7 +169,7 @@ def _jvp(
     )
     moved_results = linear_map(
         functools.partial(linearisation.tangents, settings.reverse),
-        functools.partial(linearisation.cotangents, settings.scan, settings.reverse, wanted),
+        functools.partial(linearisation.cotangents, settings.loop, wanted),
         residuals,
         moved,
         (last, hidden),
@@ -186,8 +183,8 @@ def _jvp_in_parts(
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
     """Returns what ``_jvp`` does, from two halves of the batch, each in loops of its own."""
     leaves, structure = jax.tree.flatten(primals)
-    every = enumerate(jax.tree.leaves(tangents, is_leaf=_is_zero))
-    moved = {index: tangent for index, tangent in every if not _is_zero(tangent)}
+    every = enumerate(structure.flatten_up_to(tangents))
+    moved = {index: tangent for index, tangent in every if tangent is not None}
     settings = dataclasses.replace(settings, side_by_side=True)
 
     def run(changed: dict[int, Array]) -> tuple[list[Array], Array]:
@@ -197,15 +194,6 @@ def _jvp_in_parts(
         return [jnp.concatenate(leaf) for leaf in zip(*last, strict=True)], jnp.concatenate(hidden, axis=1)
 
     return jax.jvp(run, [{index: leaves[index] for index in moved}], [moved])
-
-
-def _known(tangents: Any) -> Any:
-    """Returns the tangents with None for zeros."""
-    return jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, tangents, is_leaf=_is_zero)
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)
 
 
 def _severed(controls: Controls) -> Array | None:

@@ -37,6 +37,7 @@ def independent_loop(
     write: Callable[[Array, list[Array], list[Array]], list[Array]],
     late: Array,
     used: Sequence[Array] = (),
+    num_read: int = 0,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a loop of one step at least.
 
@@ -45,16 +46,17 @@ def independent_loop(
       bounds: the first index, and the one after the last.
       carry: what the first step starts from.
       rows: arrays that steps read from and write to.
-      read: from index and rows, what a step takes beside the carry; the old row comes last.
+      read: from index and rows, what a step takes beside the carry; entries of ``rows`` come last.
       write: from index, rows and the new row, the new rows.
       late: false, and what the loop is to wait for.
       used: what XLA is to keep until the loop has ended.
+      num_read: how many of ``rows``, the first ones, a step reads from.
 
     Returns:
       The last carry and the rows.
     """
     first, stop = bounds
-    held, is_kept = _held(jaxpr.jaxpr, len(carry), len(rows))
+    held, is_kept = _held(jaxpr.jaxpr, len(carry), num_read)
     outvars, debug_info = [*jaxpr.jaxpr.outvars, *held], jaxpr.jaxpr.debug_info.with_unknown_names()
     run = _CORE.jaxpr_as_fun(jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(outvars=outvars, debug_info=debug_info)))
     ones = [jnp.ones_like(x) + late.astype(x.dtype) for x in carry]
@@ -103,12 +105,13 @@ def starts_apart(arrays: Any) -> tuple[tuple[Array, Array], list[Array]]:
     return (unseen_false(after[0]), unseen_false(after[1:])), [before, *after]
 
 
-def _held(jaxpr: Any, num_carries: int, num_rows: int) -> tuple[list[Any], list[bool]]:
+def _held(jaxpr: Any, num_carries: int, num_read: int) -> tuple[list[Any], list[bool]]:
     """Returns the variables that XLA would hold in memory, new carries aside, and which old carries it would."""
     eqns = _needed(jaxpr)
     used = Counter(id(v) for variables in [*(eqn.invars for eqn in eqns), jaxpr.outvars] for v in variables)
     carries = {id(v) for v in jaxpr.outvars[:num_carries]}
-    old, new = ({id(v) for v in vs[len(vs) - num_rows :]} for vs in (jaxpr.invars, jaxpr.outvars))
+    old = {id(v) for v in jaxpr.invars[len(jaxpr.invars) - num_read :]}
+    new = {id(v) for v in jaxpr.outvars[num_carries:]}
     held = []
     for eqn in eqns:
         name, from_row = eqn.primitive.name, any(id(v) in old for v in eqn.invars)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from rnnjax.cells import CellParams
-from rnnjax.chunks import scan_chunks, to_be_filled, unseen_false
+from rnnjax.chunks import scan_chunks, unseen_false
 from rnnjax.controls import Controls, where
+from rnnjax.in_place import scan_in_place
 from rnnjax.local_derivatives import LocalDerivatives, only_gates
 from rnnjax.typing import Array
 from rnnjax.weight_gradients import of_weights
@@ -112,41 +113,36 @@ def tangents(reverse: bool, of: Linearisation, moved: Sequence) -> tuple[list[Ar
     return scan_chunks(chunk, moved.carry, xs, chunk_size(of.params, of.inputs), reverse=reverse)
 
 
-def cotangents(scan: Any, reverse: bool, wanted: Any, of: Linearisation, given: tuple[list[Array], Array]) -> Any:
-    """Returns the cotangents of what ``tangents`` takes, None where ``wanted`` is; ``scan`` scans in place.
+def cotangents(loop: dict[str, bool], wanted: Any, of: Linearisation, given: tuple[list[Array], Array]) -> Any:
+    """Returns the cotangents of what ``tangents`` takes, None where ``wanted`` is; ``loop`` is how to scan in place.
 
     Each step leaves dz for the matmuls that give the gradients of the weights after the last; where K was, if it can.
     """
     last, of_hidden = given
     kernel = jnp.transpose(of.params.recurrent_kernel, (1, 2, 0)).reshape(-1, of.first.shape[-1])
-    num_steps = of.inputs.shape[0]
     stored = bool(jax.tree.leaves((wanted.params, wanted.inputs)))
+    # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
+    in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
     first, *others = (jax.lax.collapse(x, -2) for x in of.local.by_gate)
     slopes, local = (first, of.local.by_input), dataclasses.replace(of.local, by_gate=(), by_input={})
 
-    def step(carry: list[Array], xs: Any, rows: Any) -> tuple[list[Array], Any]:
+    def step(carry: list[Array], xs: Any, row: Any) -> tuple[list[Array], Any, Any]:
         read, (of_hidden, active, severed, local, others) = xs
-        first, by_input = rows[0] if read is None else read
+        first, by_input = row if read is None else read
         local = dataclasses.replace(local, by_input=by_input)
         carry = [carry[0] + of_hidden, *carry[1:]]
         before, after, recurrent, inputs = _before(kernel, carry, active, severed, local, [first, *others])
         new = (recurrent, _in_place(by_input, inputs)) if stored else None
-        return before, (new, of_perturbations(after))
+        of_perturbations = [x if wish else None for x, wish in zip(after, wanted.perturbations, strict=False)]
+        return before, new if in_place else None, (None if in_place else new, of_perturbations)
 
-    def of_perturbations(after: list[Array]) -> list[Array | None]:
-        return [x if wish else None for x, wish in zip(after, wanted.perturbations, strict=False)]
-
-    # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
-    in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
-    to_fill = functools.partial(to_be_filled, num_steps, after=of_hidden)
-    to_write = to_fill(jax.tree.map(lambda x: x[0], slopes)) if stored and not in_place else None
-    rows = (slopes if in_place else to_write, to_fill(of_perturbations([of.first] * len(last))))
     xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
-    carry, (rows, perturbations) = scan(step, last, xs, rows, reverse=not reverse)
+    loop = loop | {"reverse": not loop["reverse"]}
+    carry, rows, (new, perturbations) = scan_in_place(step, last, xs, slopes if in_place else None, of_hidden, **loop)
     of_others = dataclasses.replace(wanted, carry=carry, perturbations=perturbations)
     if not stored:
         return of_others
-    before, (of_recurrent, by_input) = of.before(reverse, after=carry[0]), rows
+    before, (of_recurrent, by_input) = of.before(not loop["reverse"], after=carry[0]), rows if in_place else new
     params, inputs = of_weights(wanted, of.params, of.inputs, before, of_recurrent, by_input, of.local.summed)
     return dataclasses.replace(of_others, params=params, inputs=inputs)
 

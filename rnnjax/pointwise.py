@@ -16,7 +16,7 @@ from jax.extend import core
 
 from rnnjax import activations
 from rnnjax.cells import AffineCell
-from rnnjax.local_derivatives import LocalDerivatives, for_each_gate
+from rnnjax.local_derivatives import LocalDerivatives
 from rnnjax.typing import Array, Carry
 
 _CORE: Any = core
@@ -100,12 +100,17 @@ class PointwiseProgram:
                 known[variable] = _gates(total, gate)
         if not self.activated:
             return known, None
-        scale = for_each_gate([s for _, s in self.activated.values()], total)
-        value = jnp.tanh(_gates(total, *self.activated) * scale)
-        shifted = value * scale + (1 - scale)
+        scale = np.array([s for _, s in self.activated.values()], total.dtype).reshape(-1, 1)
+        before = _gates(total, *self.activated)
+        if (scale == 1).all():
+            value = shifted = jnp.tanh(before)
+        else:
+            value = jnp.tanh(before * scale)
+            shifted = value * scale + (1 - scale)
         for index, (variable, _) in enumerate(self.activated.values()):
             known[variable] = _gates(shifted, index)
-        return known, scale**2 * (1 - value * value)
+        slopes = 1 - value * value
+        return known, slopes if (scale == 1).all() else scale**2 * slopes
 
     def value(self, carry: list[Array], inputs: Array, recurrent: Array) -> list[Array]:
         """Returns the new carry, each ``[..., H]``, from u and r ``[..., G, H]``."""

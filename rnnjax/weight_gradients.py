@@ -57,11 +57,12 @@ def _of_input_weights(inputs: Array, dz: Array, du: Array | None, by_gate: dict[
     """Returns the cotangents of the input kernel and of both biases."""
     products = _products(inputs, dz if du is None else du)
     recurrent_bias = products[-1]
-    for gate, of_gate in by_gate.items():
-        if du is None:
-            products = products.at[:, gate].set(_products(inputs, of_gate[..., None, :])[:, 0])
-        else:
-            recurrent_bias = recurrent_bias.at[gate].set(dz[..., gate, :].sum(axis=tuple(range(dz.ndim - 2))))
+    if du is None:
+        own = {gate: _products(inputs, of_gate[..., None, :])[:, 0] for gate, of_gate in by_gate.items()}
+        products = _with_gates(products, own)
+    else:
+        own = {gate: dz[..., gate, :].sum(axis=tuple(range(dz.ndim - 2))) for gate in by_gate}
+        recurrent_bias = _with_gates(recurrent_bias, own)
     return {"input_kernel": products[:-1], "bias": products[-1], "recurrent_bias": recurrent_bias}
 
 
