@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from rnnjax import linearisation
 from rnnjax.cells import AffineCell, CellParams
+from rnnjax.cells.base import input_product
 from rnnjax.chunks import scan_chunks, unseen_false
 from rnnjax.controls import Controls, where
 from rnnjax.deferred import call_with_jvp
@@ -80,7 +81,7 @@ def _plain(
 
     def chunk(carry: list[Array], xs: Any) -> Any:
         inputs, *others = xs
-        return jax.lax.scan(step, carry, (cell.prepare_inputs(params, inputs), *others), reverse=settings.reverse)
+        return jax.lax.scan(step, carry, (input_product(params, inputs), *others), reverse=settings.reverse)
 
     xs, size = (sequence.inputs, controls, sequence.perturbations), chunk_size(params, sequence.inputs)
     last, (hidden, _) = scan_chunks(chunk, sequence.carry, xs, size, reverse=settings.reverse)
@@ -88,7 +89,7 @@ def _plain(
 
 
 def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, derivatives: bool) -> Any:
-    """Returns the step that takes the carry with the input pre-activation, controls and perturbations.
+    """Returns the step that takes the carry with x W, controls and perturbations.
 
     It returns the new carry, the hidden state and its local derivatives, or None for those.
     """
@@ -98,6 +99,8 @@ def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, deriv
 
     def step(carry: list[Array], xs: Any) -> tuple[list[Array], Any]:
         from_inputs, control, perturbations = xs
+        # Added here, where it is in the cache, a bias costs no array of all pre-activations.
+        from_inputs += jnp.broadcast_to(params.bias, from_inputs.shape)
         start, local = control.enter(carry, initial), None
         recurrent = cell.recurrent_preactivation(params, start[0])
         if derivatives:
@@ -127,7 +130,7 @@ def _forward(
         first, *by_gate = local.by_gate
         return carry, _without_gate(first, single), (hidden, dataclasses.replace(local, by_gate=tuple(by_gate)))
 
-    rows = _without_gate(cell.prepare_inputs(settings.rounded(sequence.params), sequence.inputs), single)
+    rows = _without_gate(input_product(settings.rounded(sequence.params), sequence.inputs), single)
     xs = (controls, sequence.perturbations)
     last, by_gate, (hidden, local) = scan_in_place(step_in_place, sequence.carry, xs, rows, rows, **settings.loop)
     local = dataclasses.replace(local, by_gate=(_with_gate(by_gate, single), *local.by_gate))

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -161,7 +160,7 @@ def _flat(arrays: list[Array]) -> list[Array]:
     """Returns arrays ``[T, n]`` on a CPU, where a loop over one index is compiled sooner than loops over several."""
     if jax.default_backend() != "cpu" or jax.device_count() > 1:  # what is spread over devices keeps its axes
         return arrays
-    return [x.reshape(len(x), -1) for x in arrays]
+    return [x.reshape(len(x), -1) if x.ndim == 3 else x for x in arrays]
 
 
 def _row(array: Array, index: Array, shape: tuple[int, ...]) -> Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 
 from rnnjax.typing import Array
 
@@ -136,12 +137,7 @@ def _total(products: Array, chosen: list[bool]) -> Array | None:
     return only_gates(products, chosen).sum(axis=-2)
 
 
-def for_each_gate(values: list[Any], like: Array) -> Array:
-    """Returns one value a gate, ``[1, …, G, 1]``, to be multiplied with ``[..., G, H]``."""
-    dtype = None if isinstance(values[0], bool) else like.dtype
-    return jnp.array(values, dtype).reshape((1,) * (like.ndim - 2) + (-1, 1))
-
-
 def only_gates(array: Array, chosen: Sequence[bool]) -> Array:
     """Returns ``[..., G, H]`` with zeros for the gates that are not chosen."""
-    return jnp.where(for_each_gate(list(chosen), array), array, jnp.zeros_like(array))
+    mask = np.array(chosen).reshape((1,) * (array.ndim - 2) + (-1, 1))
+    return jnp.where(mask, array, jnp.zeros_like(array))

@@ -100,17 +100,19 @@ class PointwiseProgram:
                 known[variable] = _gates(total, gate)
         if not self.activated:
             return known, None
-        scale = np.array([s for _, s in self.activated.values()], total.dtype).reshape(-1, 1)
-        before = _gates(total, *self.activated)
-        if (scale == 1).all():
-            value = shifted = jnp.tanh(before)
-        else:
-            value = jnp.tanh(before * scale)
-            shifted = value * scale + (1 - scale)
+        before, scale = _gates(total, *self.activated), self._scale(total)
+        value = jnp.tanh(before if scale is None else before * scale)
+        shifted = value if scale is None else value * scale + (1 - scale)
         for index, (variable, _) in enumerate(self.activated.values()):
             known[variable] = _gates(shifted, index)
         slopes = 1 - value * value
-        return known, slopes if (scale == 1).all() else scale**2 * slopes
+        return known, slopes if scale is None else scale**2 * slopes
+
+    def _scale(self, like: Array) -> np.ndarray | None:
+        """Returns s of each activated gate ``[1, …, G, 1]``, to be multiplied with ``[..., G, H]``; None for ones."""
+        scales = [s for _, s in self.activated.values()]
+        shape = (1,) * (like.ndim - 2) + (-1, 1)
+        return None if set(scales) == {1} else np.array(scales, like.dtype).reshape(shape)
 
     def value(self, carry: list[Array], inputs: Array, recurrent: Array) -> list[Array]:
         """Returns the new carry, each ``[..., H]``, from u and r ``[..., G, H]``."""

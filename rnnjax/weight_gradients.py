@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from rnnjax.cells import CellParams
-from rnnjax.cells.base import with_ones
 from rnnjax.typing import Array
 
 _NARROW = 256
@@ -42,8 +41,11 @@ def of_weights(
     narrow = wanted.inputs is None and inputs.shape[-1] <= _NARROW
     du = None if narrow else _with_gates(dz, by_gate)
     gradients: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(params))
-    if any(x is not None for x in (wanted.params.input_kernel, wanted.params.bias, wanted.params.recurrent_bias)):
-        gradients |= _of_input_weights(inputs, dz, du, by_gate)
+    if wanted.params.input_kernel is not None:
+        gradients["input_kernel"] = _of_input_kernel(inputs, dz, by_gate) if du is None else _outer(inputs, du)
+    if wanted.params.bias is not None or wanted.params.recurrent_bias is not None:
+        gradients["recurrent_bias"] = _over_all(dz, 2)
+        gradients["bias"] = _with_gates(_over_all(dz, 2), {gate: _over_all(x, 1) for gate, x in by_gate.items()})
     if wanted.params.recurrent_kernel is not None:
         gradients["recurrent_kernel"] = _outer(before, dz)
     chosen: Any = {name: None if getattr(wanted.params, name) is None else x for name, x in gradients.items()}
@@ -53,17 +55,9 @@ def of_weights(
     return CellParams(**chosen), jnp.tensordot(du, to_inputs, 2, preferred_element_type=dz.dtype)
 
 
-def _of_input_weights(inputs: Array, dz: Array, du: Array | None, by_gate: dict[int, Array]) -> dict[str, Array]:
-    """Returns the cotangents of the input kernel and of both biases."""
-    products = _products(inputs, dz if du is None else du)
-    recurrent_bias = products[-1]
-    if du is None:
-        own = {gate: _products(inputs, of_gate[..., None, :])[:, 0] for gate, of_gate in by_gate.items()}
-        products = _with_gates(products, own)
-    else:
-        own = {gate: dz[..., gate, :].sum(axis=tuple(range(dz.ndim - 2))) for gate in by_gate}
-        recurrent_bias = _with_gates(recurrent_bias, own)
-    return {"input_kernel": products[:-1], "bias": products[-1], "recurrent_bias": recurrent_bias}
+def _of_input_kernel(inputs: Array, dz: Array, by_gate: dict[int, Array]) -> Array:
+    own = {gate: _outer(inputs, of_gate[..., None, :])[:, 0] for gate, of_gate in by_gate.items()}
+    return _with_gates(_outer(inputs, dz), own)
 
 
 def _with_gates(dz: Array, by_gate: dict[int, Array]) -> Array:
@@ -72,12 +66,9 @@ def _with_gates(dz: Array, by_gate: dict[int, Array]) -> Array:
     return jnp.concatenate(gates, axis=-2) if by_gate else dz
 
 
-def _products(factor: Array, dz: Array) -> Array:
-    """Returns Σ x dz over all leading axes and, last, Σ dz ``[n + 1, G, H]``, for x ``[..., n]``."""
-    if jax.default_backend() == "cpu":
-        return _outer(with_ones(factor), dz)
-    # Elsewhere a matmul may round its factors, and a sum need not.
-    return jnp.concatenate([_outer(factor, dz), dz.sum(axis=tuple(range(dz.ndim - 2)))[None]])
+def _over_all(array: Array, num_own_axes: int) -> Array:
+    """Returns the sum over the axes before the last ones."""
+    return array.sum(axis=tuple(range(array.ndim - num_own_axes)))
 
 
 def _outer(factor: Array, dz: Array) -> Array:

@@ -34,7 +34,7 @@ def deferred(pair, factor):
         tangents = jax.tree.map(
             lambda x, dx: jnp.zeros_like(x) if dx is None else dx, primals, tangents, is_leaf=lambda x: x is None
         )
-        return value(*primals), tangent_of(primals, tangents)
+        return deferred(*primals), tangent_of(primals, tangents)
 
     return call_with_jvp(value, jvp, (pair, factor), jax.eval_shape(value, pair, factor))
 

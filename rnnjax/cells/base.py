@@ -213,12 +213,7 @@ class AffineCell(Cell):
 
     def prepare_inputs(self, params: CellParams, inputs: Array) -> Array:
         """Returns the input pre-activation u = x W + b, ``[..., G, H]``, in one matmul for all leading axes."""
-        kernel, bias = params.input_kernel, params.bias
-        if jax.default_backend() != "cpu" or kernel.dtype != bias.dtype:
-            return _affine(inputs, kernel, bias, bias.dtype)
-        # With b as one more row of W, the result is written once. Elsewhere a matmul may round its factors.
-        rows = jnp.concatenate([kernel.reshape(kernel.shape[0], -1), bias.reshape(1, -1)])
-        return _affine(with_ones(inputs.astype(kernel.dtype)), rows.reshape(-1, *bias.shape), None, bias.dtype)
+        return _affine(inputs, params.input_kernel, params.bias, params.bias.dtype)
 
     def recurrent_preactivation(self, params: CellParams, hidden: Array) -> Array:
         """Returns r = h U + b_r, ``[..., G, H]``."""
@@ -262,9 +257,9 @@ class AffineCell(Cell):
         validation.same_shapes("carry", carry, expected, self.carry_form)
 
 
-def with_ones(x: Array) -> Array:
-    """Returns ``[..., n]`` with a last column of ones, ``[..., n + 1]``."""
-    return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+def input_product(params: CellParams, inputs: Array) -> Array:
+    """Returns x W, the input pre-activation but for its bias, ``[..., G, H]``."""
+    return _affine(inputs, params.input_kernel, None, params.bias.dtype)
 
 
 def _affine(x: Array, kernel: Array, bias: Array | None, dtype: DType) -> Array:
