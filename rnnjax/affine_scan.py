@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from rnnjax import linearisation
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.cells.base import input_product
+from rnnjax.cells.base import input_product, with_bias
 from rnnjax.chunks import scan_chunks, unseen_false
 from rnnjax.controls import Controls, where
 from rnnjax.deferred import call_with_jvp
@@ -99,8 +99,7 @@ def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, deriv
 
     def step(carry: list[Array], xs: Any) -> tuple[list[Array], Any]:
         from_inputs, control, perturbations = xs
-        # Added here, where it is in the cache, a bias costs no array of all pre-activations.
-        from_inputs += jnp.broadcast_to(params.bias, from_inputs.shape)
+        from_inputs = with_bias(from_inputs, params.bias)
         start, local = control.enter(carry, initial), None
         recurrent = cell.recurrent_preactivation(params, start[0])
         if derivatives:
