@@ -131,7 +131,8 @@ def _forward(
 
     rows = _without_gate(input_product(settings.rounded(sequence.params), sequence.inputs), single)
     xs = (controls, sequence.perturbations)
-    last, by_gate, (hidden, local) = scan_in_place(step_in_place, sequence.carry, xs, rows, rows, **settings.loop)
+    loop = functools.partial(scan_in_place, flat=single, **settings.loop)
+    last, by_gate, (hidden, local) = loop(step_in_place, sequence.carry, xs, rows, after=rows)
     local = dataclasses.replace(local, by_gate=(_with_gate(by_gate, single), *local.by_gate))
     return last, (hidden, local)
 

@@ -30,6 +30,7 @@ def scan_in_place(
     rows: Any,
     after: Array,
     *,
+    flat: bool = False,
     reverse: bool = False,
     side_by_side: bool = False,
 ) -> tuple[Any, Any, Any]:
@@ -43,6 +44,8 @@ def scan_in_place(
       rows: pytree of arrays with that leading axis too.
       after: what XLA is to compute before it fills memory for what is kept. Of the loops that wait for such memory
         only, each then begins on the core that has filled the last of its own, and so two of them on two cores.
+      flat: each number of a row is computed from those at the same place, in arrays of the same shape. On a CPU one
+        loop over all of a row is then as fast as nested ones, and compiled sooner.
       reverse: from the last entry to the first.
       side_by_side: in a loop that waits for no other one of its kind: see ``independent_loops``.
 
@@ -63,7 +66,9 @@ def scan_in_place(
     length = jax.tree.leaves((xs, rows))[0].shape[0]
     memory = _to_be_filled(length, jax.tree.leaves(like[2]), after)
     sizes = tuple(len(group) for group in [*groups, memory])
-    loop = _Loop(traced.jaxpr, sizes, length, reverse, side_by_side)
+    # What is spread over devices keeps its axes.
+    flat = flat and jax.default_backend() == "cpu" and jax.device_count() == 1
+    loop = _Loop(traced.jaxpr, sizes, length, flat, reverse, side_by_side)
     results = _loop_p.bind(*itertools.chain(*groups, memory), loop=loop)
     return jax.tree.unflatten(jax.tree.structure(like), results)
 
@@ -87,6 +92,7 @@ class _Loop:
         and what is kept.
       sizes: how many arrays there are of each of these four, and to be kept.
       length: number of steps.
+      flat: rows are vectors while they are read and written.
       reverse: from the last row to the first.
       side_by_side: holding nothing that another loop writes to.
     """
@@ -94,6 +100,7 @@ class _Loop:
     jaxpr: Any
     sizes: tuple[int, int, int, int, int]
     length: int
+    flat: bool
     reverse: bool
     side_by_side: bool
 
@@ -122,11 +129,11 @@ class _Loop:
         """Returns the results by a loop that writes over rows."""
         consts, carry, xs, rows, memory = self.split(arrays)
         written, shapes = [*rows, *memory], [x.shape[1:] for x in [*xs, *rows]]
-        flat, into = _flat(xs), _flat(written)
+        source, into = ([x.reshape(self.length, -1) if self.flat else x for x in group] for group in (xs, written))
 
         def read(index: Array, written: list[Array]) -> list[Array]:
             at = self.length - 1 - index if self.reverse else index
-            return [_row(x, at, shape) for x, shape in zip([*flat, *written], shapes, strict=False)]
+            return [_row(x, at, shape) for x, shape in zip([*source, *written], shapes, strict=False)]
 
         def write(index: Array, written: list[Array], row: list[Array]) -> list[Array]:
             at = self.length - 1 - index if self.reverse else index
@@ -154,13 +161,6 @@ def _loop_in_order(
     first, stop = (jnp.int32(bound) for bound in bounds)
     _, carry, rows = lax.while_loop(lambda state: state[0] < stop, one, (first, carry, rows))
     return carry, rows
-
-
-def _flat(arrays: list[Array]) -> list[Array]:
-    """Returns arrays ``[T, n]`` on a CPU, where a loop over one index is compiled sooner than loops over several."""
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:  # what is spread over devices keeps its axes
-        return arrays
-    return [x.reshape(len(x), -1) if x.ndim == 3 else x for x in arrays]
 
 
 def _row(array: Array, index: Array, shape: tuple[int, ...]) -> Array:

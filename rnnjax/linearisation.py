@@ -137,8 +137,8 @@ def cotangents(loop: dict[str, bool], wanted: Any, of: Linearisation, given: tup
         return before, new if in_place else None, (None if in_place else new, of_perturbations)
 
     xs = (None if in_place else slopes, (of_hidden, of.controls.active, of.severed, local, others))
-    loop = loop | {"reverse": not loop["reverse"]}
-    carry, rows, (new, perturbations) = scan_in_place(step, last, xs, slopes if in_place else None, of_hidden, **loop)
+    rows, loop = slopes if in_place else None, loop | {"reverse": not loop["reverse"]}
+    carry, rows, (new, perturbations) = scan_in_place(step, last, xs, rows, after=of_hidden, flat=True, **loop)
     of_others = dataclasses.replace(wanted, carry=carry, perturbations=perturbations)
     if not stored:
         return of_others

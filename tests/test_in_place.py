@@ -10,7 +10,9 @@ import pytest
 from rnnjax.in_place import scan_in_place
 from tests.test_affine_scan import agree
 
-EVERY_LOOP = pytest.mark.parametrize("side_by_side", [False, True])
+EVERY_LOOP = pytest.mark.parametrize(
+    "options", [{}, {"side_by_side": True}, {"flat": True}], ids=lambda options: "".join(options) or "plain"
+)
 
 
 def step(weights, carry, x, row):
@@ -39,22 +41,22 @@ def by_scan(reverse, weights, carry, xs, rows):
     return carry, rows, kept
 
 
-def in_place(reverse, side_by_side, weights, carry, xs, rows):
+def in_place(reverse, options, weights, carry, xs, rows):
     one = functools.partial(step, weights)
-    return scan_in_place(one, carry, xs, rows, xs, reverse=reverse, side_by_side=side_by_side)
+    return scan_in_place(one, carry, xs, rows, xs, reverse=reverse, **options)
 
 
 @EVERY_LOOP
 @pytest.mark.parametrize("reverse", [False, True])
-def test_rows_are_read_before_they_are_written(reverse, side_by_side):
+def test_rows_are_read_before_they_are_written(reverse, options):
     with jax.enable_x64():
-        ours, plain = functools.partial(in_place, reverse, side_by_side), functools.partial(by_scan, reverse)
+        ours, plain = functools.partial(in_place, reverse, options), functools.partial(by_scan, reverse)
         agree(ours(*arguments()), plain(*arguments()), 1e-14)
         agree(jax.jit(ours)(*arguments()), plain(*arguments()), 1e-14)
 
 
 @EVERY_LOOP
-def test_derivatives_of_every_order(side_by_side):
+def test_derivatives_of_every_order(options):
     def everything(scan):
         def scalar(*args):
             return sum((leaf**2).sum() for leaf in jax.tree.leaves(scan(*args)))
@@ -68,12 +70,12 @@ def test_derivatives_of_every_order(side_by_side):
 
     with jax.enable_x64():
         plain = functools.partial(by_scan, False)
-        agree(everything(functools.partial(in_place, False, side_by_side)), everything(plain), 1e-12)
+        agree(everything(functools.partial(in_place, False, options)), everything(plain), 1e-12)
 
 
 @EVERY_LOOP
 @pytest.mark.parametrize("mapped", [(0, None, None, None), (None, None, 1, None), (2, (1, 0), None, (2, 0))])
-def test_mapped_axes(mapped, side_by_side):
+def test_mapped_axes(mapped, options):
     """Whatever is mapped, along whichever axis, and differentiated after that."""
 
     def spread(array, axis):
@@ -95,11 +97,11 @@ def test_mapped_axes(mapped, side_by_side):
 
     with jax.enable_x64():
         plain = functools.partial(by_scan, True)
-        agree(everything(functools.partial(in_place, True, side_by_side)), everything(plain), 1e-12)
+        agree(everything(functools.partial(in_place, True, options)), everything(plain), 1e-12)
 
 
 @EVERY_LOOP
-def test_nothing_is_set_to_zero_and_no_row_is_copied_whole(side_by_side):
+def test_nothing_is_set_to_zero_and_no_row_is_copied_whole(options):
     """What is written to is what was given, where nobody reads it afterwards: no memory but for what is kept."""
     num_steps, width = 400, 4096
 
@@ -107,7 +109,7 @@ def test_nothing_is_set_to_zero_and_no_row_is_copied_whole(side_by_side):
         def one(carry, x, row):
             return carry + x, row * carry, carry
 
-        _, rows, kept = scan_in_place(one, jnp.zeros(width), xs, rows, xs, side_by_side=side_by_side)
+        _, rows, kept = scan_in_place(one, jnp.zeros(width), xs, rows, xs, **options)
         return rows, kept
 
     rows = jnp.ones((num_steps, width))
