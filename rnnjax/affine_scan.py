@@ -189,11 +189,12 @@ def _jvp_in_parts(
     every = enumerate(structure.flatten_up_to(tangents))
     moved = {index: tangent for index, tangent in every if tangent is not None}
     settings = dataclasses.replace(settings, side_by_side=True)
+    of_half = jax.jit(functools.partial(scan_affine, cell, settings))
 
     def run(changed: dict[int, Array]) -> tuple[list[Array], Array]:
         sequence, controls = jax.tree.unflatten(structure, [changed.get(i, leaf) for i, leaf in enumerate(leaves)])
         parts = zip(in_halves(sequence, sequence.batch_axes()), in_halves(controls, controls.batch_axes()), strict=True)
-        last, hidden = zip(*(scan_affine(cell, settings, *part) for part in parts), strict=True)
+        last, hidden = zip(*(of_half(*part) for part in parts), strict=True)
         return [jnp.concatenate(leaf) for leaf in zip(*last, strict=True)], jnp.concatenate(hidden, axis=1)
 
     return jax.jvp(run, [{index: leaves[index] for index in moved}], [moved])
