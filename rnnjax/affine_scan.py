@@ -14,6 +14,7 @@ sets memory to zero before it writes there, and copies it. Forward mode, higher 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 
 from rnnjax import linearisation
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.cells.base import input_product, with_bias
+from rnnjax.cells.base import input_product
 from rnnjax.chunks import scan_chunks, unseen_false
 from rnnjax.controls import Controls, where
 from rnnjax.deferred import call_with_jvp
@@ -77,29 +78,37 @@ def scan_affine(
 def _plain(
     cell: AffineCell, settings: ScanSettings, sequence: Sequence, controls: Controls
 ) -> tuple[list[Array], Array]:
-    params, step = settings.rounded(sequence.params), _step(cell, settings, sequence, derivatives=False)
+    prepare, step, _ = _recurrence(cell, settings, sequence, derivatives=False)
 
     def chunk(carry: list[Array], xs: Any) -> Any:
         inputs, *others = xs
-        return jax.lax.scan(step, carry, (input_product(params, inputs), *others), reverse=settings.reverse)
+        return jax.lax.scan(step, carry, (prepare(inputs), *others), reverse=settings.reverse)
 
-    xs, size = (sequence.inputs, controls, sequence.perturbations), chunk_size(params, sequence.inputs)
+    xs, size = (sequence.inputs, controls, sequence.perturbations), chunk_size(sequence.params, sequence.inputs)
     last, (hidden, _) = scan_chunks(chunk, sequence.carry, xs, size, reverse=settings.reverse)
     return last, hidden
 
 
-def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, derivatives: bool) -> Any:
-    """Returns the step that takes the carry with x W, controls and perturbations.
+def _recurrence(
+    cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, derivatives: bool
+) -> tuple[Callable[[Array], Array], Any, bool]:
+    """Returns what is done to all inputs before the scan, the step, and whether it may write over prepared inputs.
 
-    It returns the new carry, the hidden state and its local derivatives, or None for those.
+    The step takes the carry with prepared inputs, controls and perturbations, and returns the new carry, the hidden
+    state and its local derivatives, or None for those.
     """
     params, shape, dtype = settings.rounded(sequence.params), sequence.carry[0].shape, sequence.carry[0].dtype
     program = PointwiseProgram(cell, shape, dtype, exact=False)
     initial = jax.tree.leaves(cell.initialize_carry(shape[:-1], dtype))
+    prepare = functools.partial(cell.prepare_inputs, params)
+    if all(variable is not None for variable in program.sums):
+        # Where u and r are added up, the step may add b: it does so in the cache.
+        prepare = functools.partial(input_product, params)
+        bias = params.bias if params.recurrent_bias is None else params.bias + params.recurrent_bias
+        params = dataclasses.replace(params, recurrent_bias=bias)
 
     def step(carry: list[Array], xs: Any) -> tuple[list[Array], Any]:
         from_inputs, control, perturbations = xs
-        from_inputs = with_bias(from_inputs, params.bias)
         start, local = control.enter(carry, initial), None
         recurrent = cell.recurrent_preactivation(params, start[0])
         if derivatives:
@@ -111,7 +120,7 @@ def _step(cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, deriv
             after = where(control.active, after, carry)
         return after, (after[0], local)
 
-    return step
+    return prepare, step, program.reads_inputs_once()
 
 
 def _forward(
@@ -119,22 +128,26 @@ def _forward(
 ) -> tuple[list[Array], tuple[Array, LocalDerivatives]]:
     """Returns the last carry, and of every step the hidden state and the derivatives.
 
-    K takes the place of the input pre-activations, which no later step reads.
+    K takes the place of the prepared inputs, which no later step reads, where a step reads them once.
     """
-    step = _step(cell, settings, sequence, derivatives=True)
+    prepare, step, in_place = _recurrence(cell, settings, sequence, derivatives=True)
     single = cell.num_gates == 1  # an axis of one gate would have XLA copy the rows that the loop starts from
 
-    def step_in_place(carry: list[Array], xs: Any, from_inputs: Array) -> tuple[list[Array], Array, Any]:
-        carry, (hidden, local) = step(carry, (_with_gate(from_inputs, single), *xs))
+    def one(carry: list[Array], xs: Any, row: Array | None) -> tuple[list[Array], Array | None, Any]:
+        from_inputs, others = xs
+        from_inputs = from_inputs if row is None else row
+        carry, (hidden, local) = step(carry, (_with_gate(from_inputs, single), *others))
         first, *by_gate = local.by_gate
-        return carry, _without_gate(first, single), (hidden, dataclasses.replace(local, by_gate=tuple(by_gate)))
+        first, local = _without_gate(first, single), dataclasses.replace(local, by_gate=tuple(by_gate))
+        return carry, first if in_place else None, (None if in_place else first, hidden, local)
 
-    rows = _without_gate(input_product(settings.rounded(sequence.params), sequence.inputs), single)
-    xs = (controls, sequence.perturbations)
-    loop = functools.partial(scan_in_place, flat=single, **settings.loop)
-    last, by_gate, (hidden, local) = loop(step_in_place, sequence.carry, xs, rows, after=rows)
-    local = dataclasses.replace(local, by_gate=(_with_gate(by_gate, single), *local.by_gate))
-    return last, (hidden, local)
+    prepared, others = _without_gate(prepare(sequence.inputs), single), (controls, sequence.perturbations)
+    rows, xs = (prepared, (None, others)) if in_place else (None, (prepared, others))
+    last, rows, (first, hidden, local) = scan_in_place(
+        one, sequence.carry, xs, rows, prepared, flat=single, **settings.loop
+    )
+    first = _with_gate(rows if in_place else first, single)
+    return last, (hidden, dataclasses.replace(local, by_gate=(first, *local.by_gate)))
 
 
 def _without_gate(array: Array, single: bool) -> Array:
@@ -185,8 +198,8 @@ def _jvp_in_parts(
     cell: AffineCell, settings: ScanSettings, primals: tuple[Sequence, Controls], tangents: tuple[Sequence, Controls]
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
     """Returns what ``_jvp`` does, from two halves of the batch, each in loops of its own."""
-    leaves, structure = jax.tree.flatten(primals)
-    every = enumerate(structure.flatten_up_to(tangents))
+    structure: Any = jax.tree.structure(primals)
+    leaves, every = jax.tree.leaves(primals), enumerate(structure.flatten_up_to(tangents))
     moved = {index: tangent for index, tangent in every if tangent is not None}
     settings = dataclasses.replace(settings, side_by_side=True)
     of_half = jax.jit(functools.partial(scan_affine, cell, settings))

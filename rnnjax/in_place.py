@@ -98,7 +98,7 @@ class _Loop:
     """
 
     jaxpr: Any
-    sizes: tuple[int, int, int, int, int]
+    sizes: tuple[int, ...]
     length: int
     flat: bool
     reverse: bool

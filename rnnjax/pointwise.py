@@ -89,6 +89,22 @@ class PointwiseProgram:
                 found[gate] = (uses[0].outvars[0], scale)
         return found
 
+    def reads_inputs_once(self) -> bool:
+        """Whether each u is only ever part of a sum, and that of one tanh or sigmoid.
+
+        XLA computes those once, and anything less once for each use; where it reads a row twice and writes over it, it
+        copies all of the rows.
+        """
+        return all(map(self._read_once, self.inputs))
+
+    def _read_once(self, variable: Any) -> bool:
+        uses = self._uses(variable)
+        if len(uses) != 1 or uses[0] is None:
+            return not uses
+        if _activation(uses[0]) is not None:
+            return not self.exact
+        return uses[0].primitive.name in ("add", "add_any", "sub", "neg") and self._read_once(uses[0].outvars[0])
+
     def _bound(self, carry: list[Array], inputs: Array, recurrent: Array) -> tuple[dict[Any, Array], Array | None]:
         """Returns the variables that are given, by name, and (s tanh)' of the activated gates."""
         known = self.constants | {name: leaf[..., None, :] for name, leaf in zip(self.carry, carry, strict=True)}
@@ -106,7 +122,7 @@ class PointwiseProgram:
         for index, (variable, _) in enumerate(self.activated.values()):
             known[variable] = _gates(shifted, index)
         slopes = 1 - value * value
-        return known, slopes if scale is None else scale**2 * slopes
+        return known, slopes if scale is None else jnp.asarray(scale**2) * slopes
 
     def _scale(self, like: Array) -> np.ndarray | None:
         """Returns s of each activated gate ``[1, …, G, 1]``, to be multiplied with ``[..., G, H]``; None for ones."""

@@ -373,10 +373,15 @@ def test_the_backward_scan_accumulates_no_gradient_of_a_weight():
 
 
 @pytest.mark.slow  # compiled as for users: with `XLA_FLAGS=`
+@pytest.mark.parametrize("loops", [1, 2])
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 3), (1, 3)])
-@pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "one unit"])
-def test_no_step_copies_the_rows_of_all_steps(name, shape):
+@pytest.mark.parametrize("name", ["tanh", "relu", "gru", "lstm", "one unit"])
+def test_no_step_copies_the_rows_of_all_steps(name, shape, loops, monkeypatch):
     """A loop that copied them would take a time that grows with the square of the length."""
+    if loops == 2 and (not shape or shape[0] == 1):
+        pytest.skip("one sequence has no batch to split")
+    monkeypatch.setattr(affine_scan, "number_of_loops", lambda *_: loops)
+    jax.clear_caches()
     steps = 97
     cell = rnnjax.GRUCell(1) if name == "one unit" else dataclasses.replace(CELLS[name], hidden_size=16)
     params = cell.init(jax.random.key(0), D)
