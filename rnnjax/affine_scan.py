@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from rnnjax import linearisation
 from rnnjax.cells import AffineCell, CellParams
-from rnnjax.cells.base import input_product
+from rnnjax.cells.base import input_product, with_bias
 from rnnjax.chunks import scan_chunks, unseen_false
 from rnnjax.controls import Controls, where
 from rnnjax.deferred import call_with_jvp
@@ -92,23 +92,23 @@ def _plain(
 def _recurrence(
     cell: AffineCell, settings: ScanSettings, sequence: Sequence, *, derivatives: bool
 ) -> tuple[Callable[[Array], Array], Any, bool]:
-    """Returns what is done to all inputs before the scan, the step, and whether it may write over prepared inputs.
+    """Returns what gives x W for all steps before the scan, the step, and whether it may write over x W.
 
-    The step takes the carry with prepared inputs, controls and perturbations, and returns the new carry, the hidden
+    The step takes the carry with x W, controls and perturbations, and returns the new carry, the hidden
     state and its local derivatives, or None for those.
     """
     params, shape, dtype = settings.rounded(sequence.params), sequence.carry[0].shape, sequence.carry[0].dtype
     program = PointwiseProgram(cell, shape, dtype, exact=False)
     initial = jax.tree.leaves(cell.initialize_carry(shape[:-1], dtype))
-    prepare = functools.partial(cell.prepare_inputs, params)
-    if all(variable is not None for variable in program.sums):
-        # Where u and r are added up, the step may add b: it does so in the cache.
-        prepare = functools.partial(input_product, params)
-        bias = params.bias if params.recurrent_bias is None else params.bias + params.recurrent_bias
-        params = dataclasses.replace(params, recurrent_bias=bias)
+    prepare, bias, together = functools.partial(input_product, params), params.bias, program.sums_inputs()
+    if together and params.recurrent_bias is not None:
+        bias += params.recurrent_bias
+    params = dataclasses.replace(params, recurrent_bias=bias if together else params.recurrent_bias)
 
     def step(carry: list[Array], xs: Any) -> tuple[list[Array], Any]:
         from_inputs, control, perturbations = xs
+        # Biases are added here, in the cache, and where they can be to r: rows are better read by one computation.
+        from_inputs = from_inputs if together else with_bias(from_inputs, bias)
         start, local = control.enter(carry, initial), None
         recurrent = cell.recurrent_preactivation(params, start[0])
         if derivatives:

@@ -124,15 +124,19 @@ def cotangents(loop: dict[str, bool], wanted: Any, of: Linearisation, given: tup
     # XLA multiplies in place where a row is a true matrix. Otherwise it would copy all rows at every step.
     in_place = stored and of.first.ndim == 2 and min(of.first.shape) > 1
     first, *others = (jax.lax.collapse(x, -2) for x in of.local.by_gate)
-    slopes, local = (first, of.local.by_input), dataclasses.replace(of.local, by_gate=(), by_input={})
+    # The cotangent of u_g takes the first place (i, g) of its derivatives.
+    firsts = {gate: (i, gate) for i, gate in sorted(of.local.by_input, reverse=True)}.values()
+    slopes = first, {place: of.local.by_input[place] for place in firsts}
+    by_input = {place: x for place, x in of.local.by_input.items() if place not in firsts}
+    local = dataclasses.replace(of.local, by_gate=(), by_input=by_input)
 
     def step(carry: list[Array], xs: Any, row: Any) -> tuple[list[Array], Any, Any]:
         read, (of_hidden, active, severed, local, others) = xs
         first, by_input = row if read is None else read
-        local = dataclasses.replace(local, by_input=by_input)
+        local = dataclasses.replace(local, by_input=by_input | local.by_input)
         carry = [carry[0] + of_hidden, *carry[1:]]
         before, after, recurrent, inputs = _before(kernel, carry, active, severed, local, [first, *others])
-        new = (recurrent, _in_place(by_input, inputs)) if stored else None
+        new = (recurrent, {place: inputs[place[1]] for place in by_input}) if stored else None
         of_perturbations = [x if wish else None for x, wish in zip(after, wanted.perturbations, strict=False)]
         return before, new if in_place else None, (None if in_place else new, of_perturbations)
 
@@ -171,12 +175,6 @@ def _before(
     if active is not None:
         before = where(active, before, carry)
     return before, after, recurrent, inputs
-
-
-def _in_place(by_input: dict[tuple[int, int], Array], cotangents: dict[int, Array]) -> dict[tuple[int, int], Array]:
-    """Returns the cotangent of u_g in the first place (i, g) of its derivatives, and the others as they are."""
-    first = {gate: (i, gate) for i, gate in sorted(by_input, reverse=True)}
-    return {place: cotangents[place[1]] if first[place[1]] == place else x for place, x in by_input.items()}
 
 
 def _projected(

@@ -89,6 +89,10 @@ class PointwiseProgram:
                 found[gate] = (uses[0].outvars[0], scale)
         return found
 
+    def sums_inputs(self) -> bool:
+        """Whether u and r are only ever added up, in every gate."""
+        return all(variable is not None for variable in self.sums)
+
     def reads_inputs_once(self) -> bool:
         """Whether each u is only ever part of a sum, and that of one tanh or sigmoid.
 

@@ -372,18 +372,8 @@ def test_the_backward_scan_accumulates_no_gradient_of_a_weight():
         assert {shape for shape in shapes if shape[:1] != (T,)} == {(B, H)}, shapes
 
 
-@pytest.mark.slow  # compiled as for users: with `XLA_FLAGS=`
-@pytest.mark.parametrize("loops", [1, 2])
-@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 3), (1, 3)])
-@pytest.mark.parametrize("name", ["tanh", "relu", "gru", "lstm", "one unit"])
-def test_no_step_copies_the_rows_of_all_steps(name, shape, loops, monkeypatch):
-    """A loop that copied them would take a time that grows with the square of the length."""
-    if loops == 2 and (not shape or shape[0] == 1):
-        pytest.skip("one sequence has no batch to split")
-    monkeypatch.setattr(affine_scan, "number_of_loops", lambda *_: loops)
-    jax.clear_caches()
-    steps = 97
-    cell = rnnjax.GRUCell(1) if name == "one unit" else dataclasses.replace(CELLS[name], hidden_size=16)
+def copied_at_each_step(cell, shape, steps=97):
+    """Returns the lines of a gradient's program, within its loops, that copy the rows of all steps."""
     params = cell.init(jax.random.key(0), D)
     gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x)[1] ** 2), argnums=(0, 1))
     program = jax.jit(gradient).lower(params, jnp.ones((steps, *shape, D))).compile().as_text()
@@ -391,7 +381,25 @@ def test_no_step_copies_the_rows_of_all_steps(name, shape, loops, monkeypatch):
     bodies = set(re.findall(r"body=(%[\w.\-]+)", program))
     inside = [c for c in computations if c.split(" ")[0] in bodies]
     assert len(inside) >= 2
-    assert not [line for c in inside for line in c.splitlines() if re.search(rf"\[{steps},\S* copy\(", line)]
+    return [line for c in inside for line in c.splitlines() if re.search(rf"\[{steps},\S* copy\(", line)]
+
+
+@pytest.mark.slow  # compiled as for users: with `XLA_FLAGS=`
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 3), (1, 3)])
+@pytest.mark.parametrize("name", ["tanh", "relu", "gru", "lstm", "one unit"])
+def test_no_step_copies_the_rows_of_all_steps(name, shape):
+    """A loop that copied them would take a time that grows with the square of the length."""
+    cell = rnnjax.GRUCell(1) if name == "one unit" else dataclasses.replace(CELLS[name], hidden_size=16)
+    assert not copied_at_each_step(cell, shape)
+
+
+@pytest.mark.slow  # compiled as for users
+@pytest.mark.parametrize("loops", [1, 2])
+@EVERY_CELL
+def test_no_step_of_any_cell_copies_the_rows_of_all_steps(name, loops, monkeypatch):
+    monkeypatch.setattr(affine_scan, "number_of_loops", lambda *_: loops)
+    jax.clear_caches()
+    assert not copied_at_each_step(dataclasses.replace(CELLS[name], hidden_size=16), (4,))
 
 
 @pytest.mark.slow  # compiled as for users

@@ -262,13 +262,18 @@ def input_product(params: CellParams, inputs: Array) -> Array:
     return _affine(inputs, params.input_kernel, None, params.bias.dtype)
 
 
+def with_bias(preactivation: Array, bias: Array) -> Array:
+    """Returns ``[..., G, H]`` plus ``[G, H]``."""
+    flat = jax.lax.collapse(preactivation, -2)
+    return (flat + jnp.broadcast_to(bias.reshape(-1), flat.shape)).reshape(preactivation.shape)
+
+
 def _affine(x: Array, kernel: Array, bias: Array | None, dtype: DType) -> Array:
     """Returns x times ``[n, G, H]`` plus ``[G, H]``: factors in the dtype of the kernel, their product in another."""
     matrix = kernel.reshape(kernel.shape[0], -1)
     product = jnp.tensordot(x.astype(kernel.dtype), matrix, 1, preferred_element_type=dtype)
-    if bias is not None:
-        product += jnp.broadcast_to(bias.reshape(-1), product.shape)
-    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
+    product = product.reshape(*x.shape[:-1], *kernel.shape[1:])
+    return product if bias is None else with_bias(product, bias)
 
 
 def split_gates(preactivation: Array) -> tuple[Array, ...]:
