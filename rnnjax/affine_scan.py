@@ -94,8 +94,8 @@ def _recurrence(
 ) -> tuple[Callable[[Array], Array], Any, bool]:
     """Returns what gives x W for all steps before the scan, the step, and whether it may write over x W.
 
-    The step takes the carry with x W, controls and perturbations, and returns the new carry, the hidden
-    state and its local derivatives, or None for those.
+    The step takes the carry with x W, controls and perturbations, and returns the new carry, the hidden state and its
+    local derivatives, or None for those.
     """
     params, shape, dtype = settings.rounded(sequence.params), sequence.carry[0].shape, sequence.carry[0].dtype
     program = PointwiseProgram(cell, shape, dtype, exact=False)
@@ -128,7 +128,7 @@ def _forward(
 ) -> tuple[list[Array], tuple[Array, LocalDerivatives]]:
     """Returns the last carry, and of every step the hidden state and the derivatives.
 
-    K takes the place of the prepared inputs, which no later step reads, where a step reads them once.
+    K takes the place of x W, which no later step reads, where a step reads it once.
     """
     prepare, step, in_place = _recurrence(cell, settings, sequence, derivatives=True)
     single = cell.num_gates == 1  # an axis of one gate would have XLA copy the rows that the loop starts from

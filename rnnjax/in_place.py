@@ -109,6 +109,10 @@ class _Loop:
         left = list(arrays)
         return [[left.pop(0) for _ in range(size)] for size in self.sizes]
 
+    def place(self, index: Array) -> Array:
+        """Returns the row that the step of an index, counted from the first one taken, reads and writes."""
+        return self.length - 1 - index if self.reverse else index
+
     def run(self, consts: Any) -> Callable[..., list[Any]]:
         """Returns the step."""
         return _CORE.jaxpr_as_fun(_CORE.ClosedJaxpr(self.jaxpr, consts))
@@ -132,11 +136,11 @@ class _Loop:
         source, into = ([x.reshape(self.length, -1) if self.flat else x for x in group] for group in (xs, written))
 
         def read(index: Array, written: list[Array]) -> list[Array]:
-            at = self.length - 1 - index if self.reverse else index
+            at = self.place(index)
             return [_row(x, at, shape) for x, shape in zip([*source, *written], shapes, strict=False)]
 
         def write(index: Array, written: list[Array], row: list[Array]) -> list[Array]:
-            at = self.length - 1 - index if self.reverse else index
+            at = self.place(index)
             return [_with_row(x, at, new) for x, new in zip(written, row, strict=True)]
 
         jaxpr, bounds = _CORE.ClosedJaxpr(self.jaxpr, consts), (0, self.length)
