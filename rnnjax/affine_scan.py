@@ -45,11 +45,13 @@ class ScanSettings:
       reverse: from the last step to the first.
       compute_dtype: dtype in which the factors of matrix products are taken; the products, the state, everything
         pointwise and the gradients of the weights stay in the dtype of the weights.
+      in_halves: differentiate a batch by halves, in loops side by side, where that is faster.
       side_by_side: in loops that others need not wait for.
     """
 
     reverse: bool = False
     compute_dtype: Any = None
+    in_halves: bool = False
     side_by_side: bool = False
 
     @property
@@ -163,7 +165,7 @@ def _jvp(
 ) -> tuple[tuple[list[Array], Array], tuple[list[Array], Array]]:
     hidden = primals[0].carry[0]
     per_step, num_sequences = hidden.size * hidden.shape[-1] * cell.num_gates, len(hidden) if hidden.ndim > 1 else 1
-    if not settings.side_by_side and number_of_loops(per_step, len(primals[0].inputs), num_sequences) > 1:
+    if settings.in_halves and number_of_loops(per_step, len(primals[0].inputs), num_sequences) > 1:
         return _jvp_in_parts(cell, settings, primals, tangents)
     (sequence, controls), (moved, _) = primals, tangents
     last, (hidden, local) = _forward(cell, settings, sequence, controls)
@@ -201,7 +203,7 @@ def _jvp_in_parts(
     structure: Any = jax.tree.structure(primals)
     leaves, every = jax.tree.leaves(primals), enumerate(structure.flatten_up_to(tangents))
     moved = {index: tangent for index, tangent in every if tangent is not None}
-    settings = dataclasses.replace(settings, side_by_side=True)
+    settings = dataclasses.replace(settings, in_halves=False, side_by_side=True)
     of_half = jax.jit(functools.partial(scan_affine, cell, settings))
 
     def run(changed: dict[int, Array]) -> tuple[list[Array], Array]:

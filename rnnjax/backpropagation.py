@@ -27,6 +27,8 @@ class BackpropagationSettings:
         in units of the gradient of the mean loss of a batch; None for no bound.
       checkpoint_every: keep every n-th state alone, as for ``unroll``; None for all.
       compute_dtype: dtype of the factors of matrix products, as for ``unroll``; None for that of the weights.
+      side_by_side: in two loops on two cores where that is faster, as for ``unroll``: training repeats its step often
+        enough for the longer compilation.
       penalty: what is added to the loss, summed over the layers; None for nothing.
 
     Raises:
@@ -37,6 +39,7 @@ class BackpropagationSettings:
     max_carry_gradient: float | None = None
     checkpoint_every: int | None = None
     compute_dtype: str | None = None
+    side_by_side: bool = True
     penalty: Penalty | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class BackpropagationSettings:
 
     def options(self) -> dict[str, Any]:
         """Returns what ``unroll`` is to be given."""
-        names = ("truncation", "max_carry_gradient", "checkpoint_every", "compute_dtype")
+        names = ("truncation", "max_carry_gradient", "checkpoint_every", "compute_dtype", "side_by_side")
         return {name: getattr(self, name) for name in names}
 
 

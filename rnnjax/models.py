@@ -172,8 +172,8 @@ class RecurrentNetwork(nnx.Module):
           perturbations: one ``[T, B, H]``, or one carry of such arrays, for each of ``layers``, as for ``unroll``; time
             in the order of processing where the network reads in both directions.
           reverse: as for ``unroll``, in every layer; the step processed last is then step 0.
-          **options: ``resets``, ``truncation``, ``max_carry_gradient``, ``checkpoint_every`` and ``compute_dtype``,
-            passed on to ``unroll``.
+          **options: ``resets``, ``truncation``, ``max_carry_gradient``, ``checkpoint_every``, ``compute_dtype`` and
+            ``side_by_side``, passed on to ``unroll``.
 
         Returns:
           Outputs ``[B, O]`` or ``[T, B, O]``, and a carry for each of ``layers``.

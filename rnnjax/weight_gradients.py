@@ -45,7 +45,7 @@ def of_weights(
         gradients["input_kernel"] = _of_input_kernel(inputs, dz, by_gate) if du is None else _outer(inputs, du)
     if wanted.params.bias is not None or wanted.params.recurrent_bias is not None:
         gradients["recurrent_bias"] = _over_all(dz, 2)
-        gradients["bias"] = _with_gates(_over_all(dz, 2), {gate: _over_all(x, 1) for gate, x in by_gate.items()})
+        gradients["bias"] = _replaced(_over_all(dz, 2), {gate: _over_all(x, 1) for gate, x in by_gate.items()})
     if wanted.params.recurrent_kernel is not None:
         gradients["recurrent_kernel"] = _outer(before, dz)
     chosen: Any = {name: None if getattr(wanted.params, name) is None else x for name, x in gradients.items()}
@@ -56,14 +56,20 @@ def of_weights(
 
 
 def _of_input_kernel(inputs: Array, dz: Array, by_gate: dict[int, Array]) -> Array:
-    own = {gate: _outer(inputs, of_gate[..., None, :])[:, 0] for gate, of_gate in by_gate.items()}
-    return _with_gates(_outer(inputs, dz), own)
+    return _replaced(_outer(inputs, dz), {gate: _outer(inputs, x[..., None, :])[:, 0] for gate, x in by_gate.items()})
 
 
 def _with_gates(dz: Array, by_gate: dict[int, Array]) -> Array:
     """Returns ``[..., G, H]`` with some gates replaced."""
     gates = [by_gate[g][..., None, :] if g in by_gate else dz[..., g : g + 1, :] for g in range(dz.shape[-2])]
     return jnp.concatenate(gates, axis=-2) if by_gate else dz
+
+
+def _replaced(array: Array, by_gate: dict[int, Array]) -> Array:
+    """Returns what ``_with_gates`` does, in the place of an array that nothing else reads."""
+    for gate, own in by_gate.items():
+        array = jax.lax.dynamic_update_slice_in_dim(array, own[..., None, :], gate, axis=-2)
+    return array
 
 
 def _over_all(array: Array, num_own_axes: int) -> Array:

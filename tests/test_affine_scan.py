@@ -375,7 +375,7 @@ def test_the_backward_scan_accumulates_no_gradient_of_a_weight():
 def copied_at_each_step(cell, shape, steps=97):
     """Returns the lines of a gradient's program, within its loops, that copy the rows of all steps."""
     params = cell.init(jax.random.key(0), D)
-    gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x)[1] ** 2), argnums=(0, 1))
+    gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x, side_by_side=True)[1] ** 2), argnums=(0, 1))
     program = jax.jit(gradient).lower(params, jnp.ones((steps, *shape, D))).compile().as_text()
     computations = re.split(r"\n(?=%|ENTRY)", program)
     bodies = set(re.findall(r"body=(%[\w.\-]+)", program))
@@ -425,7 +425,7 @@ def test_the_backward_scan_holds_the_states_once(name, arrays, loops, monkeypatc
     steps, batch, units = 64, 32, 64
     cell = dataclasses.replace(CELLS[name], hidden_size=units)
     params = cell.init(jax.random.key(0), D)
-    gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x)[1] ** 2))
+    gradient = jax.grad(lambda p, x: jnp.mean(rnnjax.unroll(cell, p, x, side_by_side=True)[1] ** 2))
     memory = jax.jit(gradient).lower(params, jnp.ones((steps, batch, D))).compile().memory_analysis()
     whole = 1 if loops == 2 else 0
     assert memory.temp_size_in_bytes < (arrays + whole + 0.7) * 4 * steps * batch * units

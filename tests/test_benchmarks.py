@@ -110,14 +110,17 @@ def test_cost_of_unrolling():
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     here = [name for name in recurrent_peers.JAX_PEERS if recurrent_peers.is_installed(name)]
     others = ["PyTorch"] if recurrent_peers.is_installed("PyTorch") else []
-    assert [line["what"] for line in lines[: len(lines) // 2]] == ["rnnjax", *here, *others, "matmuls only"]
-    assert "geometric mean" in result.stdout.splitlines()[-1]
+    names = ["rnnjax", "rnnjax, side by side", *here, *others, "matmuls only"]
+    assert [line["what"] for line in lines[: len(lines) // 2]] == names
+    times, first_calls = result.stdout.split("\n\n")[1:]
+    assert "geometric mean" in times.splitlines()[-1]
+    assert [line.count("×)") for line in first_calls.strip().splitlines()[2:]] == [len(lines) // 2] * 2
     own = run(
         "unroll",
         "--cells=gru",
         "--sizes=9,2,3,2",
         "--repeats=1",
-        *(f"--contestants={n}" for n in unroll_benchmark.NAMES[:2]),
+        *(f"--contestants={name}" for name in ("rnnjax", "rnnjax, checkpoints")),
     )
     assert [json.loads(line)["what"] for line in own.stdout.splitlines()[:2]] == ["rnnjax", "rnnjax, checkpoints"]
 
@@ -135,6 +138,14 @@ def test_ratios_of_unrolling():
     ]
     mean = unroll_benchmark.rows(measured)[-1]
     assert mean["fastest JAX peer"] == "4.00×" and mean["Haiku"] == "4.90×" and mean["Flax Linen"] == "4.24×"
+
+
+def test_first_calls_of_unrolling():
+    made = {"rnnjax": 0.5, "Flax Linen": 0.4}
+    measured = [{"cell": "gru", "size": "a", "what": what, "first_call_s": value} for what, value in made.items()]
+    row = {"cell": "gru", "T, B, H, D": "a", "rnnjax": "0.50 (1.25×)", "Flax Linen": "0.40 (1.00×)"}
+    assert unroll_benchmark.rows_of_first_calls(measured) == [row]
+    assert unroll_benchmark.rows_of_first_calls(measured[:1])[0]["rnnjax"] == "0.50 (nan×)"
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,0", "1,2,3,x", ""])
@@ -176,6 +187,30 @@ def test_turns_open_with_calls_that_are_not_timed(monkeypatch):
     program = recurrent_peers.Uncompiled(lambda: clock.__setitem__(0, clock[0] + durations.pop(0)))
     result = take_turns({"other": (program, ())}, 2, warm_up=0.01)["other"]
     assert result["median_ms"] == pytest.approx(3) and result["first_call_s"] == pytest.approx(0.5)
+
+
+def test_first_calls_in_turn(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def program(name, durations):
+        def run():
+            calls.append(name)
+            clock[0] += durations.pop(0)
+
+        return recurrent_peers.Uncompiled(run), ()
+
+    programs = {"a": program("a", [3.0, 1.0, 2.0, 0.1]), "b": program("b", [5.0, 9.0, 4.0, 0.1])}
+    result = take_turns(programs, 1, warm_up=0, first_calls=3, prepare=lambda: calls.append("prepare"))
+    assert calls == ["prepare", "a", "prepare", "b"] * 3 + ["a", "b"]
+    assert (result["a"]["first_call_s"], result["b"]["first_call_s"]) == (2, 5)
+
+
+def test_nothing_is_compiled_before_a_first_call():
+    traced = []
+    program = jax.jit(lambda x: traced.append(1) or x + 1)
+    take_turns({"program": (program, (1.0,))}, 1, warm_up=0, first_calls=2)
+    assert len(traced) == 2
 
 
 def test_cost_of_training():

@@ -197,6 +197,7 @@ def test_fit_settings_are_those_of_the_config():
             "max_carry_gradient": None,
             "checkpoint_every": None,
             "compute_dtype": None,
+            "side_by_side": True,
             "penalty": None,
         },
         "seed": 15,

@@ -1,5 +1,6 @@
 """Scans in two loops that XLA runs side by side: the same numbers, and loops that do not wait for one another."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -10,11 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import rnnjax
 from rnnjax import affine_scan, frames, side_by_side
+from rnnjax.configuration import RunConfig
 from rnnjax.jacobians import jacobian_operator
+from rnnjax.train import create_state, train_step
 from tests.test_affine_scan import EVERY_CELL, agree, loss, problem, random_like
+
+unroll = functools.partial(rnnjax.unroll, side_by_side=True)
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def in_one_and_two(loops, function, *arguments):
 def test_values_and_gradients_of_every_cell(name, loops):
     with jax.enable_x64():
         cell, *arguments = problem(name, batch=(5,))
-        gradient = jax.value_and_grad(functools.partial(loss, rnnjax.unroll, cell), argnums=(0, 1, 2))
+        gradient = jax.value_and_grad(functools.partial(loss, unroll, cell), argnums=(0, 1, 2))
         agree(*in_one_and_two(loops, gradient, *arguments), 1e-12)
 
 
@@ -62,7 +68,7 @@ def test_values_and_gradients_with_every_option(name, options, loops):
         cell, *arguments = problem(name, batch=(5,))
         options = {key: np.array(value) if isinstance(value, list) else value for key, value in options.items()}
         gradient = jax.value_and_grad(
-            functools.partial(loss, functools.partial(rnnjax.unroll, **options), cell), argnums=(0, 1, 2)
+            functools.partial(loss, functools.partial(unroll, **options), cell), argnums=(0, 1, 2)
         )
         agree(*in_one_and_two(loops, gradient, *arguments), 1e-12)
 
@@ -75,7 +81,7 @@ def test_hidden_gradients_of_any_batch(name, batch, loops):
         zeros = jnp.zeros((*inputs.shape[:-1], cell.hidden_size))
 
         def of(perturbations):
-            return loss(functools.partial(rnnjax.unroll, perturbations=perturbations), cell, params, inputs, carry)
+            return loss(functools.partial(unroll, perturbations=perturbations), cell, params, inputs, carry)
 
         # One sequence has no batch to split.
         agree(
@@ -87,7 +93,7 @@ def test_hidden_gradients_of_any_batch(name, batch, loops):
 def test_higher_derivatives_and_batching(name, loops):
     with jax.enable_x64():
         cell, *arguments = problem(name, batch=(3,))
-        scalar = functools.partial(loss, rnnjax.unroll, cell)
+        scalar = functools.partial(loss, unroll, cell)
         moved = tuple(random_like(argument, 7 + i, np.float64) for i, argument in enumerate(arguments))
 
         def everything(params, inputs, carry):
@@ -105,8 +111,32 @@ def test_higher_derivatives_and_batching(name, loops):
 
 def test_rounded_factors(loops):
     cell, *arguments = problem("gru", np.float32, batch=(4,))
-    run = functools.partial(rnnjax.unroll, compute_dtype=jnp.bfloat16)
+    run = functools.partial(unroll, compute_dtype=jnp.bfloat16)
     agree(*in_one_and_two(loops, jax.grad(functools.partial(loss, run, cell)), *arguments), 1e-6)
+
+
+def loops_of(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text().count(" while(")
+
+
+def test_two_loops_are_what_is_asked_for(loops):
+    cell, *arguments = problem("gru", np.float32, batch=(4,))
+    loops(2)
+    either = [jax.grad(functools.partial(loss, run, cell)) for run in (rnnjax.unroll, unroll)]
+    assert [loops_of(gradient, *arguments) for gradient in either] == [2, 4]
+
+
+def test_training_takes_two_loops(loops):
+    config = RunConfig(task="adding", length=6, cell="gru", hidden_size=4, batch_size=4)
+    task, optimizer = config.make_task(), config.make_optimizer()
+    network = config.make_network(task)
+    settings, state = config.backpropagation_settings(), create_state(network, optimizer)
+    step = functools.partial(train_step, nnx.split(network)[0], task, optimizer)
+    loops(2)
+    either = [functools.partial(step, dataclasses.replace(settings, side_by_side=asked)) for asked in (False, True)]
+    with jax.numpy_dtype_promotion("standard"):  # as Optax needs it
+        assert [loops_of(of, state, task.batch(0, 0, 4)) for of in either] == [2, 4]
+    assert settings.side_by_side
 
 
 def test_steps_that_are_neither_too_small_nor_too_large_are_split(monkeypatch):
@@ -172,7 +202,8 @@ affine_scan.number_of_loops = lambda *_: 2
 cell = rnnjax.{cell}
 inputs = jax.numpy.ones((200, 32, 32))
 params = cell.init(jax.random.key(0), input_size=32)
-gradient = jax.jit(jax.grad(lambda params, inputs: (rnnjax.unroll(cell, params, inputs)[1] ** 2).mean()))
+run = lambda params, inputs: rnnjax.unroll(cell, params, inputs, side_by_side=True)[1]
+gradient = jax.jit(jax.grad(lambda params, inputs: (run(params, inputs) ** 2).mean()))
 gradient.lower(params, inputs).compile()
 """
 

@@ -27,13 +27,13 @@ LINEN_CELLS = {
 _OURS = {"vanilla": rnnjax.VanillaCell, "gru": rnnjax.GRUCell, "lstm": rnnjax.LSTMCell}
 
 
-def ours(kind: str, inputs: Any, hidden_size: int, checkpoint_every: int | None = None) -> Layer:
-    """rnnjax."""
+def ours(kind: str, inputs: Any, hidden_size: int, **options: Any) -> Layer:
+    """rnnjax, with options of ``rnnjax.unroll``."""
     cell = _OURS[kind](hidden_size)
     params = cell.init(jax.random.key(0), inputs.shape[-1])
 
     def run(params: Any, inputs: Any) -> Any:
-        return rnnjax.unroll(cell, params, inputs, checkpoint_every=checkpoint_every)[1]
+        return rnnjax.unroll(cell, params, inputs, **options)[1]
 
     return run, params
 

@@ -29,7 +29,12 @@ class Uncompiled:
 
 
 def take_turns(
-    programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int, warm_up: float = 0.02
+    programs: Mapping[str, tuple[Any, tuple[Any, ...]]],
+    repeats: int,
+    warm_up: float = 0.02,
+    *,
+    first_calls: int = 1,
+    prepare: Callable[[], Any] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Returns first call, median time and memory of every program.
 
@@ -38,21 +43,28 @@ def take_turns(
       repeats: timed calls of each.
       warm_up: seconds of calls that open each turn and are not timed: threads of the contestant before may still spin,
         and its own may have gone to sleep.
+      first_calls: how often each is compiled, all in turn before any is timed.
+      prepare: done before each first call, once nothing that is compiled is left.
 
     Returns:
-      By name: ``first_call_s``, compilation included; ``temporary_bytes`` beyond arguments and results, or None where
-      the device does not say; ``median_ms``.
+      By name: ``first_call_s``, compilation included, the median; ``temporary_bytes`` beyond arguments and results, or
+      None where the device does not say; ``median_ms``.
     """
     results: dict[str, dict[str, Any]] = {name: {} for name in programs}
     times: dict[str, list[float]] = {name: [] for name in programs}
     compiled = {}
-    for name, (program, arguments) in programs.items():
+    first: dict[str, list[float]] = {name: [] for name in programs}
+    for name, (program, arguments) in first_calls * tuple(programs.items()):
+        jax.clear_caches()
+        prepare()
         gc.collect()  # what others have left behind is not this one's to clean up
         start = time.perf_counter()
         compiled[name] = program.lower(*arguments).compile()
         jax.block_until_ready(compiled[name](*arguments))
-        results[name]["first_call_s"] = time.perf_counter() - start
-        results[name]["temporary_bytes"] = getattr(compiled[name].memory_analysis(), "temp_size_in_bytes", None)
+        first[name].append(time.perf_counter() - start)
+    for name, result in results.items():
+        result["first_call_s"] = statistics.median(first[name])
+        result["temporary_bytes"] = getattr(compiled[name].memory_analysis(), "temp_size_in_bytes", None)
     for _ in range(repeats):
         for name, (_, arguments) in programs.items():
             end = time.perf_counter() + warm_up

@@ -4,15 +4,18 @@
 
 times value and gradient, with respect to all weights, of the mean squared hidden state of one recurrent layer, float32,
 for rnnjax, Flax (Linen and NNX), Haiku, Equinox and PyTorch (the extra "benchmarks"; what is not installed is left
-out), and the products of matrices alone as a floor. All take turns in one process. Lines of JSON with first call
-(compilation included), median time and temporary memory, then a table of medians in ms with our time as the unit, the
-geometric means over the sizes, and a figure if --figure names a file.
+out), and the products of matrices alone as a floor; "rnnjax, side by side" is ``unroll(…, side_by_side=True)``, as in
+training. All take turns in one process. Lines of JSON with first call (compilation included, the median of some, each
+with nothing compiled before but what all share), median time and temporary memory, then two tables: medians in ms with
+our time as the unit and the geometric means over the sizes, and first calls in seconds beside Flax Linen's; and a
+figure if --figure names a file.
 
   python -m experiments.benchmarks.unroll --sizes=1000,1,128,32 --sizes=100000,1,128,32 --contestants=rnnjax
 
 is for long sequences; "rnnjax, checkpoints" keeps every ⌈√T⌉-th state alone.
 """
 
+import functools
 import json
 import math
 import resource
@@ -38,7 +41,9 @@ SIZES = ("200,32,128,32", "200,16,64,8", "100,64,256,128", "1000,8,64,4", "50,12
 FLOOR = "matmuls only"
 FASTEST = "fastest JAX peer"
 CHECKPOINTS = "rnnjax, checkpoints"
-NAMES = (peers.OURS, CHECKPOINTS, *peers.JAX_PEERS, "PyTorch", FLOOR)
+SIDE_BY_SIDE = "rnnjax, side by side"
+LINEN = "Flax Linen"
+NAMES = (peers.OURS, SIDE_BY_SIDE, CHECKPOINTS, *peers.JAX_PEERS, "PyTorch", FLOOR)
 
 
 def contestants(
@@ -63,7 +68,7 @@ def _layer(name: str, kind: str, inputs: Any, hidden_size: int) -> peers.Layer |
     if name in peers.JAX_PEERS:
         return peers.JAX_PEERS[name](kind, inputs, hidden_size)
     every = math.ceil(math.sqrt(len(inputs))) if name == CHECKPOINTS else None
-    return peers.ours(kind, inputs, hidden_size, checkpoint_every=every)
+    return peers.ours(kind, inputs, hidden_size, checkpoint_every=every, side_by_side=name == SIDE_BY_SIDE)
 
 
 def _loss(layer: Any) -> Any:
@@ -92,13 +97,25 @@ def rows(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def rows_of_first_calls(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the table of first calls, a row a cell and size, with ratios to Flax Linen's where that is there."""
+    table: dict[tuple[str, str], dict[str, float]] = {}
+    for row in measured:
+        table.setdefault((row["cell"], row["size"]), {})[row["what"]] = row["first_call_s"]
+    return [
+        {"cell": cell, "T, B, H, D": size}
+        | {name: f"{value:.2f} ({value / times.get(LINEN, math.nan):.2f}×)" for name, value in times.items()}
+        for (cell, size), times in table.items()
+    ]
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints JSON lines and the table."""
     options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         sizes = [_sizes(text) for text in FLAGS.sizes]
-        repeats = options.positive_integer("repeats", FLAGS.repeats)
+        repeats, first_calls = (options.positive_integer(n, getattr(FLAGS, n)) for n in ("repeats", "first_calls"))
         if not any(map(peers.is_installed, FLAGS.contestants)):
             raise ValueError(f"contestants must be installed, one of them at least, got {FLAGS.contestants}")
         if FLAGS.figure:
@@ -106,8 +123,9 @@ def main(argv: Sequence[str]) -> None:
     measured = []
     for kind in FLAGS.cells:
         for size in sizes:
-            _compile_what_all_share(size)
-            results = take_turns(contestants(kind, size, FLAGS.contestants), repeats)
+            prepare = functools.partial(_compile_what_all_share, size)
+            programs = contestants(kind, size, FLAGS.contestants)
+            results = take_turns(programs, repeats, first_calls=first_calls, prepare=prepare)
             for name, result in results.items():
                 setting = {"cell": kind, "size": ", ".join(map(str, size)), "what": name}
                 setting["device"] = jax.devices()[0].device_kind
@@ -117,7 +135,8 @@ def main(argv: Sequence[str]) -> None:
                 sys.stdout.write(json.dumps(measured[-1]) + "\n")
             sys.stdout.flush()
             jax.clear_caches()
-    sys.stdout.write("\n" + format_table(rows(measured)) + "\n")
+    for table in (rows(measured), rows_of_first_calls(measured)):
+        sys.stdout.write("\n" + format_table(table) + "\n")
     if FLAGS.figure:
         save_figure(times_beside(measured, peers.OURS), Path(FLAGS.figure))
 
@@ -142,5 +161,6 @@ if __name__ == "__main__":
     everyone = [name for name in NAMES if name != CHECKPOINTS]
     flags.DEFINE_multi_enum("contestants", everyone, list(NAMES), "whom to time")
     flags.DEFINE_integer("repeats", 15, "timed calls of each contestant")
+    flags.DEFINE_integer("first_calls", 3, "first calls of each contestant")
     flags.DEFINE_string("figure", None, "PNG file to draw the table to; must not exist yet")
     app.run(main)
