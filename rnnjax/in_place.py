@@ -64,7 +64,7 @@ def scan_in_place(
     traced, like = jax.make_jaxpr(step, return_shape=True)(carry, *first)
     groups = [traced.consts, *(jax.tree.leaves(tree) for tree in (carry, xs, rows))]
     length = jax.tree.leaves((xs, rows))[0].shape[0]
-    memory = _to_be_filled(length, jax.tree.leaves(like[2]), after)
+    memory = _to_be_filled(length, jax.tree.leaves(like[2]), after, apart=side_by_side)
     sizes = tuple(len(group) for group in [*groups, memory])
     # What is spread over devices keeps its axes.
     flat = flat and jax.default_backend() == "cpu" and jax.device_count() == 1
@@ -73,12 +73,14 @@ def scan_in_place(
     return jax.tree.unflatten(jax.tree.structure(like), results)
 
 
-def _to_be_filled(length: int, like: list[Any], after: Array) -> list[Array]:
-    """Returns arrays ``[length, ...]`` of no particular content."""
+def _to_be_filled(length: int, like: list[Any], after: Array, *, apart: bool) -> list[Array]:
+    """Returns arrays ``[length, ...]`` of no particular content, each filled on its own if ``apart``.
+
+    XLA fills equal ones once and copies them: that takes longer than to fill each, and half as long to compile.
+    """
     nothing = unseen_false(after)
-    # Each of another number: XLA would make equal ones once and copy them.
     return [
-        jnp.full((length, *leaf.shape), number + nothing.astype(leaf.dtype), leaf.dtype)
+        jnp.full((length, *leaf.shape), apart * number + nothing.astype(leaf.dtype), leaf.dtype)
         for number, leaf in enumerate(like, start=1)
     ]
 
