@@ -44,12 +44,14 @@ def times_beside(measured: Sequence[Mapping[str, Any]], unit: str) -> "Figure":
             values = [ratios.get((cell, size), {}).get(name, np.nan) for size in sizes]
             style = drawing.run_style(index)
             # Side by side, so that equal times do not hide each other.
-            beside = rows + 0.12 * ((len(names) - 1) / 2 - index)
+            beside = rows + 0.7 / max(len(names), 6) * ((len(names) - 1) / 2 - index)
             axes.scatter(values, beside, color=style["color"], marker=style["marker"], s=30, zorder=2, label=name)
         axes.set_title(cell)
         axes.set_xscale("log")
         axes.set_yticks(rows, sizes)
         axes.grid(axis="x", color="0.9")
+        for row in rows[:-1]:
+            axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
         axes.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
         axes.minorticks_off()
         axes.set_xlabel(f"time / time of {unit}")

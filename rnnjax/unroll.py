@@ -96,7 +96,7 @@ def unroll(
       compute_dtype: dtype of the factors of matrix products, for affine cells: with ``bfloat16`` and float32 weights,
         sums, states and gradients stay float32. None for that of the weights.
       side_by_side: take gradients of a batch through time in two loops, a half of the batch in each, which XLA runs on
-        two cores: faster from the some hundredth call on, since it compiles longer. For affine cells, on a CPU with
+        two cores: faster from about the hundredth call on, since it compiles longer. For affine cells, on a CPU with
         cores to spare, where a step takes 2¹⁹ to 2²⁴ multiplications; elsewhere nothing changes.
 
     Returns:

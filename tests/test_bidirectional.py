@@ -154,6 +154,7 @@ def test_reverse_of_both_directions_is_refused():
         network()(jnp.ones((T, B, D)), reverse=True)
 
 
+@pytest.mark.slow
 def test_training_and_monitoring():
     config = RunConfig(
         task="adding",

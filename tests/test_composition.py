@@ -269,6 +269,7 @@ np.testing.assert_array_equal(flagged.first_non_finite_step, [2])
 """
 
 
+@pytest.mark.slow
 def test_time_split_over_several_devices_equals_one_device():
     environment = dict(
         os.environ,

@@ -145,6 +145,7 @@ def test_critical_line_of_tanh(bias_variance, squared_gain):
     assert RandomNetwork(1.01 * gain, bias_variance=bias_variance).largest_exponent > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS) - {"softplus"}))
 def test_critical_gain_is_where_perturbations_neither_grow_nor_shrink(activation):
     gain = critical_gain(activation, 0.2)
@@ -159,6 +160,7 @@ def test_critical_gain_in_closed_form(activation, gain):
     assert critical_gain(activation) == pytest.approx(gain, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_relu_in_closed_form():
     """E[φ²] = q/2 and E[φ'²] = ½: q = σ_b²/(1 − g²/2), e^(2λ) = g² (½ − x), and half of the rank is lost."""
     assert RandomNetwork(1.2, "relu", bias_variance=0.3).fixed_point_variance == pytest.approx(0.3 / 0.28, rel=1e-12)
@@ -185,6 +187,7 @@ def test_time_scale():
     assert slow.time_scale == pytest.approx(1 / abs(2 * math.log(0.99)), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gain", "leak"), [(0.9, 1.0), (0.8, 0.3), (1.7, 0.4), (0.6, 0.7)])
 def test_linear_network_has_eigenvalues_uniform_in_a_shifted_disk(gain, leak):
     """The share above e^λ is the part of the disk of radius a g around 1 − a outside the circle of radius e^λ."""
@@ -250,6 +253,7 @@ def test_leaky_spectrum_agrees_with_simulation(gain, leak, bias_variance, activa
     assert np.abs(measured - theory).max() < 0.08 * spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gain", "leak"), [(2.0, 0.5), (5.0, 0.5), (3.0, 0.2)])
 def test_largest_leaky_exponent_agrees_with_simulation(gain, leak):
     runs = [simulated_exponents(400, gain, leak, seed, num_exponents=2, steps=1200)[0] for seed in range(3)]
@@ -289,6 +293,7 @@ def exponent_in_continuous_time(gain):
     return math.sqrt(1 - level) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gain", "leak"), [(2.0, 1e-4), (2.0, 1e-6), (4.0, 1e-5)])
 def test_small_leaks_reach_the_exponent_in_continuous_time(gain, leak):
     network = RandomNetwork(gain, lambda x: jax.lax.erf(x * (math.sqrt(math.pi) / 2)), leak=leak)

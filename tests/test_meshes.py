@@ -99,6 +99,7 @@ if "{kind}" == "Explicit":
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 @pytest.mark.parametrize("program", [_TRAINING, _ANALYSIS], ids=["training", "analysis"])
 def test_a_batch_spread_over_devices_gives_what_one_device_gives_or_says_why_not(program, kind):

@@ -89,6 +89,7 @@ def test_hidden_gradients_of_any_batch(name, batch, loops):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanh", "gru", "lstm", "tangled"])
 def test_higher_derivatives_and_batching(name, loops):
     with jax.enable_x64():
@@ -208,6 +209,7 @@ gradient.lower(params, inputs).compile()
 """
 
 
+@pytest.mark.slow  # compiled as for users
 @pytest.mark.parametrize(
     "cell",
     [
@@ -239,6 +241,7 @@ spectrum.lower(params).compile()
 """
 
 
+@pytest.mark.slow  # compiled as for users
 def test_xla_hands_one_of_two_loops_to_another_thread():
     """It halves what can be computed next: one loop has to wait for an early part of that, the other for the rest."""
     for thunks in _logged(_GROWTH):
