@@ -6,9 +6,9 @@ times one program each for: the usual way, ``jax.jacrev`` through a ``jax.lax.sc
 and underflows; the same through ``rnnjax.unroll``; all singular values; the leading quarter; the spectral norm at every
 lag; all singular values of 16 sequences in one call, and in 16 calls. The contestants take turns in one process; the
 table holds medians in ms, and their ratio to the usual way; for the one call, to the mean of the 16 calls that follow
-it, the median over the turns, since sequences differ in how often their columns are factored. A line of JSON a measurement comes before it, with the first call
-(compilation included) and the memory a program needs beyond its arguments and results. Float32 states, factorised in
-float64 (the default) except for the leading quarter and the norms.
+it, the median over the turns, since sequences differ in how often their columns are factored. A line of JSON a
+measurement comes before it, with the first call (compilation included) and the memory a program needs beyond its
+arguments and results. Float32 states, factorised in float64 (the default) except for the leading quarter and the norms.
 """
 
 import functools
