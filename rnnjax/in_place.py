@@ -76,7 +76,7 @@ def scan_in_place(
 def _to_be_filled(length: int, like: list[Any], after: Array, *, apart: bool) -> list[Array]:
     """Returns arrays ``[length, ...]`` of no particular content, each filled on its own if ``apart``.
 
-    XLA fills equal ones once and copies them: that takes longer than to fill each, and half as long to compile.
+    XLA fills equal ones once and copies them, which takes a little longer, and less time to compile.
     """
     nothing = unseen_false(after)
     return [
