@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from experiments import options
@@ -131,7 +131,7 @@ def run(config: Config, workdir: Workdir, cases: dict[str, dict[str, Any]] | Non
             rows.append(one_case(name, config.run_config(**settings), config.num_seeds))
             workdir.write_table("table", rows)
     except KeyboardInterrupt:
-        status = 130
+        status = options.INTERRUPTED
     if rows:
         report(workdir, rows)
     return status
@@ -154,7 +154,6 @@ def report(workdir: Workdir, rows: Sequence[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         names = [field.name for field in dataclasses.fields(Config)]
@@ -172,4 +171,4 @@ if __name__ == "__main__":
     options.define_full_flag(FULL)
     options.define_workdir_flag("results/diagnoses")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.progress import track
 
@@ -276,7 +276,7 @@ def run(config: Config, workdir: Workdir) -> int:
     except KeyboardInterrupt:
         saved = ", ".join(name for name in measure if (workdir.path / f"{name}.npz").exists())
         sys.stderr.write(f"interrupted; parts that are done: {saved or 'none'}\n")
-        return 130
+        return options.INTERRUPTED
     return 0
 
 
@@ -288,7 +288,6 @@ def _weight_at_cliff(workdir: Workdir) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         finer = FULL if FLAGS.full else {}
@@ -304,4 +303,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("full", False, f"a surface of {FULL['num_points']}² points and {FULL['num_starts']}² starts")
     options.define_workdir_flag("results/error_surface")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

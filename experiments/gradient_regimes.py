@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments import options
 from experiments.report import write_report
@@ -52,12 +52,11 @@ def run(config: RunConfig, workdir: Workdir, *, tensorboard: bool = False) -> in
         interrupted = True
     if rows:
         write_report(workdir, directories, rows)
-    return 130 if interrupted else 0
+    return options.INTERRUPTED if interrupted else 0
 
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         config = options.config_from_flags()
@@ -72,4 +71,4 @@ if __name__ == "__main__":
     options.define_config_flags(*CONFIG_FLAGS)
     options.define_workdir_flags("results/gradient_regimes")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

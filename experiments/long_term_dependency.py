@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import rnnjax
 from experiments import measures, options
@@ -241,7 +241,6 @@ def run(config: Config, workdir: Workdir) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         larger = options.larger_settings(FULL)
@@ -264,4 +263,4 @@ if __name__ == "__main__":
     options.define_full_flag(FULL)
     options.define_workdir_flag("results/long_term_dependency")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -278,7 +278,7 @@ def run(config: Config, workdir: Workdir) -> int:
         sys.stderr.write(f"interrupted; parts that are done: {', '.join(finished) or 'none'}\n")
     if finished:
         write_report(workdir, finished)
-    return 0 if len(finished) == len(PARTS) else 130
+    return 0 if len(finished) == len(PARTS) else options.INTERRUPTED
 
 
 def _with_progress(measure: Callable[[Config, Track], Arrays], config: Config) -> Arrays:
@@ -290,7 +290,6 @@ def _with_progress(measure: Callable[[Config, Track], Arrays], config: Config) -
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         config = Config(**{name: FLAGS[name].value for name in CONFIG_FLAGS})
@@ -303,4 +302,4 @@ if __name__ == "__main__":
         flags.DEFINE_integer(name, getattr(Config, name), text)
     options.define_workdir_flag("results/lyapunov_spectra")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

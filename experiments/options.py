@@ -4,17 +4,22 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 from rnnjax.configuration import CHOICES, RunConfig
 from rnnjax.workdir import Workdir
+
+INTERRUPTED = 130  # the exit status that shells give to what Ctrl-C ended: 128 + SIGINT
 
 _DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
@@ -100,6 +105,40 @@ def larger_settings(full: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in full.items() if flags.FLAGS.full and not flags.FLAGS[name].present}
 
 
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs ``main`` as absl does and exits with the status it returns; Ctrl-C, whenever it comes, is one line.
+
+    An interrupted process ends without taking Python apart: XLA may still be compiling on a thread of its own, with
+    objects that JAX frees when Python ends, and then ends in a segmentation fault.
+    """
+
+    def interruptible(argv: Sequence[str]) -> int | None:
+        logging.set_verbosity(logging.WARNING)  # not what JAX logs of accelerators that are not there
+        try:
+            status = main(argv)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            status = INTERRUPTED
+        if status == INTERRUPTED:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
+            os._exit(INTERRUPTED)
+        return status
+
+    sys.unraisablehook = _interrupt_again
+    app.run(interruptible)
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Repeats a Ctrl-C that came where Python lets no exception through, such as in JAX's callback of its collector."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        # Not at once: it would be raised in here, and lost again.
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def measure_and_report(measure: Callable[[], None], report: Callable[[], None], workdir: Workdir) -> int:
     """Measures, then reports what is done, after Ctrl-C too; returns the exit status."""
     status = 0
@@ -107,7 +146,7 @@ def measure_and_report(measure: Callable[[], None], report: Callable[[], None], 
         measure()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the report is of what is done\n")
-        status = 130
+        status = INTERRUPTED
     if any(workdir.path.glob("*.npz")):
         report()
     return status
@@ -135,11 +174,6 @@ def no_arguments(argv: Sequence[str]) -> None:
     """Raises ValueError if the command line has words that are not flags, which absl would pass over."""
     if len(argv) > 1:
         raise ValueError(f"settings are given as --name=value, got {' '.join(argv[1:])!r}")
-
-
-def quiet_logging() -> None:
-    """Leaves out what JAX logs about accelerators that are not there, which absl would print."""
-    logging.set_verbosity(logging.WARNING)
 
 
 def positive_integer(name: str, value: int | str) -> int:

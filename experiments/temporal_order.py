@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import options
 from experiments.ensembles import train_ensemble
@@ -186,7 +186,6 @@ def run(config: Config, workdir: Workdir) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         own = {name: FLAGS[name].value for name in FULL_RUNS} | options.larger_settings(FULL_RUNS)
@@ -208,4 +207,4 @@ if __name__ == "__main__":
     options.define_full_flag(FULL | FULL_RUNS)
     options.define_workdir_flag("results/temporal_order")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

@@ -8,7 +8,7 @@ step), monitor.npz and profiles.npz. Ctrl-C ends training and keeps everything s
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from experiments import options
 from experiments.report import write_report
@@ -24,12 +24,11 @@ def run(config: RunConfig, workdir: Workdir, *, tensorboard: bool = False) -> in
     name = f"{config.cell} on {config.task}"
     finished = train_and_record(name, config, workdir.path / "run", tensorboard=tensorboard)
     write_report(workdir, {name: "run"}, [finished.row])
-    return 130 if finished.interrupted else 0
+    return options.INTERRUPTED if finished.interrupted else 0
 
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         config = options.config_from_flags()
@@ -44,4 +43,4 @@ if __name__ == "__main__":
     options.define_config_flags()
     options.define_workdir_flags("results/train")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from experiments import measures, options
@@ -260,7 +260,6 @@ def run(config: Config, workdir: Workdir) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Reads the flags and runs."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         sizes = {name: FLAGS[name].value for name in CONFIG_FLAGS} | options.larger_settings(FULL)
@@ -274,4 +273,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("kinds", list(KINDS), "which kinds of remedies to try")
     options.define_workdir_flag("results/vanishing_remedies")
     flags.adopt_module_key_flags(options)
-    app.run(main)
+    options.run(main)

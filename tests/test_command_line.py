@@ -1,8 +1,35 @@
 """What a command that cannot run says: one line, before anything is written."""
 
+import subprocess
+import sys
+
 import pytest
 
-from tests.command_line import command
+from tests.command_line import ROOT, command
+
+# Python ends by freeing JAX's client, with which XLA may still be compiling on a thread of its own.
+INTERRUPTED = """
+import atexit, os, signal, threading
+import jax
+import jax.numpy as jnp
+from experiments import options
+
+def many_products(x):
+    for _ in range(300):
+        x = jnp.sin(x) @ x
+    return x
+
+def main(argv):
+    print("before")
+    lowered = jax.jit(many_products).lower(jnp.ones((8, 8)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    lowered.compile()
+    threading.Event().wait(20)
+
+atexit.register(print, "taken apart")
+options.run(main)
+"""
 
 BAD_SETTINGS = [
     ("error_surface", "--learning_rate=0", "learning_rate must be a positive finite number, got 0.0"),
@@ -27,6 +54,29 @@ BAD_SETTINGS = [
     ("diagnoses", "word", "settings are given as --name=value, got 'word'"),
 ]
 
+LOST = """
+import gc, signal, time
+from experiments import options
+
+def press(phase, info):
+    gc.callbacks.remove(press)
+    raise KeyboardInterrupt
+
+def main(argv):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.callbacks.append(press)
+    gc.collect()
+    time.sleep(20)
+
+options.run(main)
+"""
+
+
+def output_of(program):
+    """Returns the exit status of a Python program, what it printed, and its errors."""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return result.returncode, result.stdout, result.stderr
+
 
 @pytest.mark.parametrize(("experiment", "arguments", "words"), BAD_SETTINGS)
 def test_bad_settings_end_in_one_line(tmp_path, experiment, arguments, words):
@@ -43,3 +93,11 @@ def test_a_used_workdir_is_refused(tmp_path, experiment):
     assert status == 2
     assert errors.startswith("error: workdir must be empty or not exist yet")
     assert [path.name for path in tmp_path.iterdir()] == ["earlier.txt"]
+
+
+def test_interrupted_while_xla_compiles_it_ends_at_once():
+    assert output_of(INTERRUPTED) == (130, "before\n", "interrupted\n")
+
+
+def test_an_interrupt_while_garbage_is_collected_is_not_lost():
+    assert output_of(LOST) == (130, "", "interrupted\n")

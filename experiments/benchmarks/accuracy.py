@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import rnnjax
 from experiments import options
@@ -172,7 +172,6 @@ def _exact_of_factors(jacobians: StructuredJacobians) -> np.ndarray:
 
 def main(argv: Sequence[str]) -> None:
     """Prints the table."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
     generator = np.random.default_rng(FLAGS.seed)
@@ -182,4 +181,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "seed of the chains")
-    app.run(main)
+    options.run(main)

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import rnnjax
 from experiments import options
@@ -106,7 +106,6 @@ def table_row(line: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Prints the lines and the table."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         sizes = [options.positive_integer("sizes", size) for size in FLAGS.sizes]
@@ -127,4 +126,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_steps", 1000, "steps T", lower_bound=1)
     flags.DEFINE_integer("repeats", 5, "rounds after the first call", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of the networks")
-    app.run(main)
+    options.run(main)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 import rnnjax
@@ -64,7 +64,6 @@ def contestants(cell: str, hidden_size: int, num_steps: int) -> dict[str, tuple[
 
 def main(argv: Sequence[str]) -> None:
     """Prints JSON lines and the table."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         size = options.positive_integer("hidden_size", FLAGS.hidden_size)
@@ -87,4 +86,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("hidden_size", 64, "number of units H")
     flags.DEFINE_integer("num_steps", 100, "number of steps T")
     flags.DEFINE_integer("repeats", 15, "timed calls of each contestant")
-    app.run(main)
+    options.run(main)

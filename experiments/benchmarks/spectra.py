@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.flatten_util import ravel_pytree
 
 import rnnjax
@@ -115,7 +115,6 @@ def times_one(results: dict[str, dict[str, Any]]) -> float:
 
 def main(argv: Sequence[str]) -> None:
     """Prints JSON lines and the table."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         sizes = [options.positive_integer("sizes", size) for size in FLAGS.sizes]
@@ -140,4 +139,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("sizes", ["32", "64", "128"], "hidden sizes H")
     flags.DEFINE_integer("num_steps", 200, "number of steps T")
     flags.DEFINE_integer("repeats", 7, "timed calls of each contestant")
-    app.run(main)
+    options.run(main)

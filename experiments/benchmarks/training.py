@@ -18,7 +18,7 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from experiments import options
@@ -99,7 +99,6 @@ def linen(config: RunConfig, batches: list[Batch]) -> Callable[[], Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Prints JSON lines and the table."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         for name in ("hidden_size", "num_steps", "batch_size", "repeats", "steps"):
@@ -143,4 +142,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 64, "sequences a step B")
     flags.DEFINE_integer("steps", 100, "training steps a turn, the first of them measured")
     flags.DEFINE_integer("repeats", 5, "turns of each contestant")
-    app.run(main)
+    options.run(main)

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from experiments import options
 from experiments.benchmarks import recurrent_peers as peers
@@ -112,7 +112,6 @@ def rows_of_first_calls(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> None:
     """Prints JSON lines and the table."""
-    options.quiet_logging()
     with options.user_errors():
         options.no_arguments(argv)
         sizes = [_sizes(text) for text in FLAGS.sizes]
@@ -164,4 +163,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 15, "timed calls of each contestant")
     flags.DEFINE_integer("first_calls", 3, "first calls of each contestant")
     flags.DEFINE_string("figure", None, "PNG file to draw the table to; must not exist yet")
-    app.run(main)
+    options.run(main)
