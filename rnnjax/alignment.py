@@ -12,7 +12,7 @@ from rnnjax import graded, products, validation
 from rnnjax.cells import Cell
 from rnnjax.jacobi import graded_svd
 from rnnjax.jacobians import jacobian_operator
-from rnnjax.operators import Jacobians
+from rnnjax.operators import Jacobians, over_sequences
 from rnnjax.products import Chain, Steps
 from rnnjax.profiles import checked_lags
 from rnnjax.sheared import sheared
@@ -108,7 +108,7 @@ def _alignment(jacobians: Jacobians, gradient: Array, lags: Array, wide: DType) 
 
         return jax.lax.scan(at_lag, chain.start(), lags)[1]
 
-    values, directions = (jnp.moveaxis(x, num_axes, 0) for x in products.over_sequences(single, jacobians))
+    values, directions = (jnp.moveaxis(x, num_axes, 0) for x in over_sequences(single, jacobians))
     cosines = jnp.sum(directions * unit[None, ..., None], axis=-2)
     live = values > -jnp.inf
     alignment = jnp.where(live, cosines**2, 0)

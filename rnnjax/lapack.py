@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rnnjax.typing import Array
 
@@ -66,6 +67,36 @@ def lu(columns: Array) -> tuple[Array, Array, Array]:
         rows = _rows(pivots, columns.shape[0])
     unit = jnp.tril(packed, -1) + jnp.eye(columns.shape[0], columns.shape[1], dtype=packed.dtype)
     return rows.astype(jnp.int32), unit, jnp.triu(packed[: columns.shape[1]])
+
+
+@jax.custom_jvp
+def lu_of_transpose_in_place(matrix: Array) -> tuple[Array, Array, Array]:
+    """Returns what LAPACK's getrf leaves of the transpose of one ``[n, n]`` on CPU, nothing of it held elsewhere.
+
+    ``jax.lax.linalg.lu`` checks the status and keeps what LAPACK wrote beside what it returns.
+
+    Returns:
+      L and U of the transpose in one matrix, transposed, ``[n, n]``; with which row each was exchanged, from 1, int32
+      ``[n]``; the status, int32.
+    """
+    size, kind = len(matrix), {"float32": "s", "float64": "d"}[matrix.dtype.name]
+    shapes = [((size, size), matrix.dtype), ((size,), jnp.int32), ((), jnp.int32)]
+    # JAX keeps the target's name and arguments stable: exported programs hold them.
+    call = jax.ffi.ffi_call(
+        f"lapack_{kind}getrf_ffi",
+        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
+        vmap_method="sequential",
+        input_output_aliases={0: 0},
+    )
+    packed, exchanges, status = call(matrix)
+    return packed, exchanges, status
+
+
+@lu_of_transpose_in_place.defjvp
+def _lu_of_transpose_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    packed, exchanges, status = lu_of_transpose_in_place(*primals)
+    change = jax.jvp(lambda matrix: jax.lax.linalg.lu(matrix.T)[0].T, primals, tangents)[1]
+    return (packed, exchanges, status), (change, *(np.zeros(x.shape, jax.dtypes.float0) for x in (exchanges, status)))
 
 
 def _rows(pivots: Array, size: int) -> Array:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnnjax import lapack, products, validation
+from rnnjax import lapack, validation
 from rnnjax.cells import Cell
 from rnnjax.frames import block_growth, frame_growth, random_frame
 from rnnjax.graded import Factors
 from rnnjax.jacobi import graded_svd
 from rnnjax.jacobians import jacobian_operator
-from rnnjax.operators import Jacobians, first_non_finite_step
+from rnnjax.operators import Jacobians, first_non_finite_step, over_sequences
 from rnnjax.products import Chain
 from rnnjax.typing import Array, Key, Params
 from rnnjax.unroll import Trajectory
@@ -148,7 +148,7 @@ def _leading(jacobians: Jacobians, key: Key, count: int, tolerance: float, max_p
             converged=result.converged & (first_bad < 0),
         )
 
-    return products.over_sequences(single, jacobians)
+    return over_sequences(single, jacobians)
 
 
 def _residuals(back: Factors, right: Array, log_sigma: Array) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rnnjax import graded, lapack, products
 from rnnjax.meshes import check_not_spread
-from rnnjax.operators import Jacobians
+from rnnjax.operators import Jacobians, over_sequences
 from rnnjax.typing import Array
 
 _LAGS_TOGETHER = 20
@@ -99,7 +99,7 @@ def spectral_norm_profile(jacobians: Array | Jacobians) -> Array:
 
 @jax.jit
 def _norm_profile(jacobians: Jacobians) -> Array:
-    norms = products.over_sequences(_norms_of_sequence, jacobians)
+    norms = over_sequences(_norms_of_sequence, jacobians)
     return jnp.moveaxis(norms, -1, 0)
 
 

@@ -6,6 +6,7 @@ linearised where a product asks for it. Leading axes are those of the sequence, 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -49,6 +50,10 @@ class DenseJacobians:
         shape = self.matrices.shape
         return DenseJacobians(self.matrices.reshape(shape[0], -1, *shape[-2:])[:, index])
 
+    def flattened(self) -> "DenseJacobians":
+        """Returns the Jacobians of all steps of all sequences along one axis, step by step."""
+        return DenseJacobians(self.matrices.reshape(-1, *self.shape[-2:]))
+
     def finite(self) -> Array:
         """Returns whether each Jacobian is finite, bool ``[...]``."""
         return jnp.isfinite(self.matrices).all(axis=(-2, -1))
@@ -68,6 +73,10 @@ class DenseJacobians:
     def transpose_times(self, columns: Array) -> Array:
         """Returns Jᵀ V for V ``[..., S, m]``."""
         return lapack.matmul(jnp.swapaxes(self.matrices, -1, -2), columns)
+
+    def schur_complement(self) -> tuple[Array, Array]:
+        """Returns zeros, ``[...]``, and J: no pivots are known before it is factored."""
+        return jnp.zeros(self.shape[:-2], self.dtype), self.matrices
 
     def log_abs_det(self) -> Array:
         """Returns log|det J| in nats, ``[...]``."""
@@ -200,6 +209,19 @@ def first_non_finite_step(jacobians: Jacobians) -> Array:
     """
     bad = ~jacobians.finite()
     return jnp.where(bad.any(axis=0), jax.lax.argmax(bad, 0, jnp.int32), jnp.asarray(-1, jnp.int32))
+
+
+def over_sequences(function: Callable[[Jacobians], Any], jacobians: Jacobians, late: Array | bool = False) -> Any:
+    """Applies ``function`` to the Jacobians ``[T, S, S]`` of each sequence of a batch; batch axes of results lead.
+
+    ``late`` is false, and what the first of several sequences is to wait for.
+    """
+    batch_shape = jacobians.shape[1:-2]
+    if not batch_shape:
+        return function(jacobians)
+    indices = jnp.arange(math.prod(batch_shape), dtype=jnp.int32) + jnp.asarray(late, jnp.int32)
+    results = lapack.over_batch(lambda index: function(jacobians.sequence(index)), indices, 1)
+    return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[1:]), results)
 
 
 def check_finite(jacobians: Jacobians) -> None:

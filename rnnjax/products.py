@@ -10,8 +10,7 @@ fewer tried.
 import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.struct
@@ -19,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnnjax import graded, lapack, validation
+from rnnjax import graded, validation
+from rnnjax.determinants import with_log_abs_dets
 from rnnjax.graded import Factors
 from rnnjax.meshes import check_not_spread
 from rnnjax.operators import DenseJacobians, Jacobians, check_finite, first_non_finite_step
@@ -120,17 +120,6 @@ class Chain:
         steps = self.advanced(start, self.jacobians.shape[0])
         factored = graded.orthogonalized(steps.factors.left, steps.factors.log_scales)
         return graded.regraded(factored, steps.factors)
-
-    def log_abs_dets(self) -> Array:
-        """Returns log|det A_i … A_1| in nats for every i, ``[T]``, each determinant computed on its own."""
-
-        def step(total: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
-            total = graded.add(*total, self.jacobians.at_step(index).log_abs_det())
-            return total, total[0] + total[1]
-
-        zero = jnp.zeros((), self.jacobians.dtype)
-        indices = jnp.arange(self.jacobians.shape[0], dtype=jnp.int32)
-        return jax.lax.scan(step, (zero, zero), indices[::-1] if self.transposed else indices)[1]
 
     def times(self, index: Array, columns: Array, **options: bool) -> Array:
         """Returns A_{index + 1} V."""
@@ -284,16 +273,6 @@ def condition_limit(own: DType, wide: DType) -> float:
     return _ERROR_OF_A_BLOCK[np.dtype(own).name] / float(jnp.finfo(wide).eps)
 
 
-def over_sequences(function: Callable[[Jacobians], Any], jacobians: Jacobians) -> Any:
-    """Applies ``function`` to the Jacobians ``[T, S, S]`` of each sequence of a batch; batch axes of results lead."""
-    batch_shape = jacobians.shape[1:-2]
-    if not batch_shape:
-        return function(jacobians)
-    indices = jnp.arange(math.prod(batch_shape), dtype=jnp.int32)
-    results = lapack.over_batch(lambda index: function(jacobians.sequence(index)), indices, 1)
-    return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[1:]), results)
-
-
 def error_estimate(steps: Steps, log_sigma: Array, own: DType) -> Array:
     """Returns how far rounding may have moved each log σ, ``[S]`` in descending order, in results of dtype ``own``.
 
@@ -312,24 +291,23 @@ def error_estimate(steps: Steps, log_sigma: Array, own: DType) -> Array:
 def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
     own = jacobians.dtype
 
-    def single(sequence: Jacobians) -> FactoredProduct:
+    def single(sequence: Jacobians) -> dict[str, Array]:
         chain = Chain(sheared(sequence, wide), False, condition_limit(own, wide))
         steps = chain.advanced(chain.start(), sequence.shape[0])
         left, scales = steps.factors.left, steps.factors.log_scales
         factors = graded.regraded(graded.orthogonalized(left, scales), steps.factors)
         factors = jax.lax.fori_loop(0, 2, lambda _, own: graded.transposed(own), factors)
         rounded = graded.narrowed(factors, own)
-        return FactoredProduct(
-            left=rounded.left,
-            log_scales=rounded.log_scales,
-            log_scales_remainder=rounded.remainder,
-            right=rounded.right,
-            log_abs_det=chain.log_abs_dets()[-1].astype(own),
-            error_estimate=error_estimate(steps, -jnp.sort(-factors.log_scales), own),
-            num_factorizations=steps.num_factorizations + 3,
-            first_non_finite_step=jnp.full((), -1, jnp.int32),
-        )
+        return {
+            "left": rounded.left,
+            "log_scales": rounded.log_scales,
+            "log_scales_remainder": rounded.remainder,
+            "right": rounded.right,
+            "error_estimate": error_estimate(steps, -jnp.sort(-factors.log_scales), own),
+            "num_factorizations": steps.num_factorizations + 3,
+        }
 
-    product, first_bad = over_sequences(single, jacobians), first_non_finite_step(jacobians)
-    scales = jnp.where(first_bad[..., None] < 0, product.log_scales, jnp.nan)
-    return dataclasses.replace(product, log_scales=scales, first_non_finite_step=first_bad)
+    product, log_abs_dets = with_log_abs_dets(single, jacobians, wide)
+    first_bad = first_non_finite_step(jacobians)
+    product["log_scales"] = jnp.where(first_bad[..., None] < 0, product["log_scales"], jnp.nan)
+    return FactoredProduct(**product, log_abs_det=log_abs_dets[-1].astype(own), first_non_finite_step=first_bad)

@@ -12,9 +12,10 @@ import numpy as np
 
 from rnnjax import graded, products, validation
 from rnnjax.cells import AffineCell, Cell
+from rnnjax.determinants import with_log_abs_dets
 from rnnjax.jacobi import log_singular_values_of_rows
 from rnnjax.jacobians import jacobian_operator
-from rnnjax.operators import Jacobians, first_non_finite_step
+from rnnjax.operators import Jacobians, first_non_finite_step, over_sequences
 from rnnjax.products import Chain, Steps
 from rnnjax.sheared import sheared
 from rnnjax.typing import Array, Carry, DType, Params
@@ -260,11 +261,12 @@ def _profile(jacobians: Jacobians, lags: Array, mask: Array, wide: DType) -> Spe
             return steps, _spectrum(whole, own, finite)
 
         _, results = jax.lax.scan(at_lag, chain.start(mask), lags)
-        return results | {"log_abs_det": chain.log_abs_dets()[lags - 1].astype(own)}
+        return results
 
-    results = products.over_sequences(single, jacobians)
+    results, log_abs_dets = with_log_abs_dets(single, jacobians, wide, reverse=True)
     num_axes = len(jacobians.shape) - 3
     results = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, num_axes, 0), results)
+    results["log_abs_det"] = log_abs_dets[lags - 1].astype(own)
     return SpectralProfile(lags=lags, first_non_finite_step=first_non_finite_step(jacobians), **results)
 
 
@@ -296,7 +298,7 @@ def _grid(jacobians: Jacobians, times: Array, mask: Array, wide: DType) -> Spect
         by_start = jax.lax.map(from_start, times)
         return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), by_start)
 
-    results = products.over_sequences(single, jacobians)
+    results = over_sequences(single, jacobians)
     num_axes = len(jacobians.shape) - 3
     results = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, (num_axes, num_axes + 1), (0, 1)), results)
     return SpectralGrid(times=times, first_non_finite_step=first_non_finite_step(jacobians), **results)

@@ -74,10 +74,6 @@ class ShearedJacobians:
         (hidden, memory), (a, b) = jnp.split(self.rows.dense(), 2, axis=-1), self._shears()
         return jnp.concatenate([hidden + b[..., None, :] * memory, memory + a[..., None, :] * hidden], axis=-1)
 
-    def log_abs_det(self) -> Array:
-        """Returns log|det J_t| in nats, ``[...]``, which shears do not change."""
-        return self._plain().log_abs_det()
-
     def _plain(self) -> StructuredJacobians:
         by_carry, by_gate = (x.astype(self.dtype) for x in self.factors)
         return dataclasses.replace(self.rows, carry_derivatives=by_carry, recurrent_derivatives=by_gate)

@@ -29,9 +29,12 @@ def number_of_loops(per_step: int, num_steps: int, num_parts: int) -> int:
       2 on a CPU with cores to spare, where steps are neither too small nor too large; 1 elsewhere.
     """
     is_worth_it = _FEWEST <= per_step <= _MOST and per_step * num_steps >= _FEWEST_IN_ALL
-    # With more devices, the parts may be spread over them.
-    has_cores = jax.default_backend() == "cpu" and jax.device_count() == 1 and _number_of_cores() > 1
-    return 2 if is_worth_it and num_parts > 1 and has_cores else 1
+    return 2 if is_worth_it and num_parts > 1 and has_spare_core() else 1
+
+
+def has_spare_core() -> bool:
+    """Whether two loops have a core each: on one CPU device; over more of them, work may be spread already."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and _number_of_cores() > 1
 
 
 def _number_of_cores() -> int:

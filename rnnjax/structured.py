@@ -67,6 +67,11 @@ class StructuredJacobians:
         )
         return dataclasses.replace(self, carry_derivatives=by_carry, recurrent_derivatives=by_gate)
 
+    def flattened(self) -> "StructuredJacobians":
+        """Returns the Jacobians of all steps of all sequences along one axis, step by step."""
+        by_carry, by_gate = (x.reshape(-1, *x.shape[-3:]) for x in (self.carry_derivatives, self.recurrent_derivatives))
+        return dataclasses.replace(self, carry_derivatives=by_carry, recurrent_derivatives=by_gate)
+
     def finite(self) -> Array:
         """Returns whether each Jacobian is finite, bool ``[...]``."""
         factors = (self.carry_derivatives, self.recurrent_derivatives)
@@ -127,12 +132,24 @@ class StructuredJacobians:
         return result if self.gates_alone else rows * by_carry + result
 
     def log_abs_det(self) -> Array:
-        """Returns log|det J| in nats, ``[...]``, without the columns in which each unit feeds only itself."""
-        from_hidden = self._from_hidden()
+        """Returns log|det J| in nats, ``[...]``."""
+        log_pivots, rest = self.schur_complement()
+        return log_pivots + lapack.log_abs_det(rest)
+
+    def schur_complement(self) -> tuple[Array, Array]:
+        """Returns what is left of J once the columns in which each unit feeds only itself are eliminated.
+
+        Of the two entries of such a column the larger is its pivot, as in Gaussian elimination with partial pivoting.
+
+        Returns:
+          Σ log|pivot| in nats, ``[...]``, and the Schur complement, ``[..., n, n]``: |det J| is the product of the
+          pivots and its own.
+        """
+        from_hidden, no_pivots = self._from_hidden(), jnp.zeros(self.shape[:-2], self.dtype)
         if self.carry_derivatives.shape[-2] == 1:
-            return lapack.log_abs_det(from_hidden[..., 0, :, :])
+            return no_pivots, from_hidden[..., 0, :, :]
         if self.carry_derivatives.shape[-2] > 2:
-            return lapack.log_abs_det(self.dense())
+            return no_pivots, self.dense()
         first, second = from_hidden[..., 0, :, :], from_hidden[..., 1, :, :]
         a, b = self.carry_derivatives[..., 0, 1, :], self.carry_derivatives[..., 1, 1, :]
         exchanged = jnp.abs(a) > jnp.abs(b)
@@ -140,7 +157,7 @@ class StructuredJacobians:
         rows = exchanged[..., None]
         pivot_rows, other_rows = jnp.where(rows, first, second), jnp.where(rows, second, first)
         ratio = other / jnp.where(pivot == 0, 1, pivot)
-        return jnp.log(jnp.abs(pivot)).sum(axis=-1) + lapack.log_abs_det(other_rows - ratio[..., None] * pivot_rows)
+        return jnp.log(jnp.abs(pivot)).sum(axis=-1), other_rows - ratio[..., None] * pivot_rows
 
     def _forms_blocks(self, columns: Array) -> bool:
         """Whether ∂s'/∂h is worth forming: fewer rows than gates have, and enough columns to pay for it."""

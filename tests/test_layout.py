@@ -47,6 +47,7 @@ LAYOUT = [
     "rnnjax.sheared",
     "rnnjax.jacobians",
     "rnnjax.graded",
+    "rnnjax.determinants",
     "rnnjax.products",
     "rnnjax.composition",
     "rnnjax.jacobi",

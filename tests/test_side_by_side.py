@@ -243,8 +243,12 @@ spectrum.lower(params).compile()
 
 @pytest.mark.slow  # compiled as for users
 def test_xla_hands_one_of_two_loops_to_another_thread():
-    """It halves what can be computed next: one loop has to wait for an early part of that, the other for the rest."""
-    for thunks in _logged(_GROWTH):
+    check_two_threads(_GROWTH)
+
+
+def check_two_threads(program):
+    """XLA halves what can be computed next: one loop has to wait for an early part of that, the other for the rest."""
+    for thunks in _logged(program):
         for before in thunks:
             after = [name for name, (_, waits) in thunks.items() if before in waits and "tanh" in before]
             if len(after) > 9:

@@ -93,7 +93,8 @@ def contestants(cell: rnnjax.Cell, num_steps: int) -> dict[str, tuple[Any, tuple
     bound[_TOGETHER] = (all_values, many)
     jitted = {name: jax.jit(functools.partial(program, cell)) for name, (program, _) in bound.items()}
     each = [many[:, index] for index in range(_NUM_SEQUENCES)]
-    one_by_one = Uncompiled(lambda: [jitted["all"](params, inputs) for inputs in each])
+    # Each is waited for, as in the column of one: JAX would begin the next while the last is still computed.
+    one_by_one = Uncompiled(lambda: [jax.block_until_ready(jitted["all"](params, inputs)) for inputs in each])
     return {name: (jitted[name], (params, inputs)) for name, (_, inputs) in bound.items()} | {
         _ONE_BY_ONE: (one_by_one, ())
     }
