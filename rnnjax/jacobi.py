@@ -28,6 +28,7 @@ from rnnjax.typing import Array
 
 _MAX_SWEEPS = 30
 _QR_ITERATIONS = 6
+_FEW_ROWS = 32
 
 
 @flax.struct.dataclass
@@ -77,7 +78,9 @@ def graded_svd(factors: graded.Factors) -> tuple[Array, Array, Array]:
     def iterate(_: int, current: graded.Factors) -> graded.Factors:
         return graded.transposed(graded.transposed(current))
 
-    factors = jax.lax.fori_loop(0, _QR_ITERATIONS // 2, iterate, factors)
+    # Few rows are rotated in less time than it takes to factor them again.
+    pairs = 1 if len(factors.log_scales) <= _FEW_ROWS else 2
+    factors = jax.lax.fori_loop(0, pairs, iterate, factors)
     rotation = jnp.eye(len(factors.log_scales), dtype=factors.right.dtype)
     rows, _ = _rotated(_Rows(factors.right, factors.log_scales, factors.remainder, rotation))
     values = rows.log_lengths + rows.remainder

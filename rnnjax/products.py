@@ -28,7 +28,8 @@ from rnnjax.typing import Array, DType
 
 _ERROR_OF_A_BLOCK = {"float32": 2e-6, "float64": 1e-12}
 """Nats of error that the steps between two factorisations may add, by the dtype of the result."""
-_MOST_STEPS = 64
+_FIRST_STEPS, _MOST_STEPS = 4, 64
+"""Of a block: tried first, and at most."""
 _MARGIN = 0.9
 """Share of the log of the limit that a block is made for: steps taken back cost more than a longer block saves."""
 _SAFETY = {"float32": 16.0, "float64": 8.0}
@@ -107,8 +108,8 @@ class Chain:
         done = jnp.asarray(first, jnp.int32)
         scales = self.scales(done)
         kept = scales if mask is None else jnp.where(mask, scales, 0)
-        one, zero = jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32)
-        return Steps(graded.diagonal_factors(kept), scales, done, one, zero, jnp.zeros_like(scales))
+        block, zero = jnp.asarray(_FIRST_STEPS, jnp.int32), jnp.zeros((), jnp.int32)
+        return Steps(graded.diagonal_factors(kept), scales, done, block, zero, jnp.zeros_like(scales))
 
     def multiplied(self, frame: Array) -> Factors:
         """Returns the factors of A_T … A_1 · frame, for orthonormal columns ``[S, b]``."""
