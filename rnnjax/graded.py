@@ -28,6 +28,7 @@ from rnnjax import lapack
 from rnnjax.typing import Array, DType
 
 _PROBES = 2
+_SMALL = 32
 _MANY_PRODUCTS = 2**23
 """Multiplications from which on XLA spreads a product of matrices over several cores of a CPU."""
 
@@ -216,8 +217,10 @@ def transposed_rows(log_scales: Array, remainder: Array, rows: Array) -> tuple[A
 def triangular_times(triangle: Array, matrix: Array) -> Array:
     """Returns the product of an upper triangle and a matrix, for the most part without the blocks that are zero."""
     size = len(triangle)
-    # XLA has all cores take part in a product of this size, and one core in a quarter of it.
-    block = size if _MANY_PRODUCTS <= size**3 < 4 * _MANY_PRODUCTS else -(-size // 4)
+    # XLA has all cores take part in a large product, and one core in a quarter of it. Blocks of a small one cost more
+    # than the zeros they leave out.
+    is_one = size <= _SMALL or _MANY_PRODUCTS <= size**3 < 4 * _MANY_PRODUCTS
+    block = size if is_one else -(-size // 4)
     rows = [lapack.matmul(triangle[start : start + block, start:], matrix[start:]) for start in range(0, size, block)]
     return jnp.concatenate(rows)
 
