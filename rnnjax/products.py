@@ -48,7 +48,8 @@ class FactoredProduct:
       right: V, well conditioned, ``[..., S, S]``.
       log_abs_det: Σ_t log|det A_t| in nats, ``[...]``, computed from each A_t on its own. It must equal the sum of
         all log singular values, and is the evidence that none of them is wrong.
-      error_estimate: how far rounding may have moved each log singular value, nats, ``[..., S]``; 0 where rank is lost.
+      error_estimate: how far rounding may have moved each log singular value, nats, ``[..., S]``; 0 where rank is lost,
+        infinite where it seems to be though no step is singular.
       num_factorizations: how many times columns were factored, int32 ``[...]``; at most T + 3 where no block was taken
         back.
       first_non_finite_step: the first step with a NaN or an infinity, int32 ``[...]``, −1 where there is none;
@@ -288,6 +289,11 @@ def error_estimate(steps: Steps, log_sigma: Array, own: DType) -> Array:
     return jnp.where(live, amplified + rounded, 0).astype(own)
 
 
+def estimate_of_lost(estimate: Array, lost: Array, log_abs_det: Array) -> Array:
+    """Returns error estimates ``[..., S]``, for lost directions 0 or, if no determinant is zero, infinite."""
+    return jnp.where(lost, jnp.where(jnp.isneginf(log_abs_det), 0, jnp.inf)[..., None], estimate)
+
+
 @functools.partial(jax.jit, static_argnames="wide")
 def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
     own = jacobians.dtype
@@ -311,4 +317,7 @@ def _factor_product(jacobians: Jacobians, wide: DType) -> FactoredProduct:
     product, log_abs_dets = with_log_abs_dets(single, jacobians, wide)
     first_bad = first_non_finite_step(jacobians)
     product["log_scales"] = jnp.where(first_bad[..., None] < 0, product["log_scales"], jnp.nan)
-    return FactoredProduct(**product, log_abs_det=log_abs_dets[-1].astype(own), first_non_finite_step=first_bad)
+    log_abs_det = log_abs_dets[-1].astype(own)
+    lost = jnp.isneginf(-jnp.sort(-product["log_scales"]))
+    product["error_estimate"] = estimate_of_lost(product["error_estimate"], lost, log_abs_det)
+    return FactoredProduct(**product, log_abs_det=log_abs_det, first_non_finite_step=first_bad)

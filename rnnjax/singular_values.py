@@ -18,7 +18,8 @@ class SingularSpectrum:
 
     Attributes:
       log_singular_values: log σ_i in nats, ``[..., S]``, descending; −inf where rank is lost.
-      error_estimate: how far rounding may have moved each, nats, ``[..., S]``; 0 where rank is lost.
+      error_estimate: how far rounding may have moved each, nats, ``[..., S]``; 0 where rank is lost, infinite where it
+        seems to be though no step is singular.
       log_abs_det: Σ_t log|det A_t| in nats, ``[...]``, computed from each step on its own.
       residual: Σ_i log σ_i − Σ_t log|det A_t| in nats, ``[...]``; 0 where both are −inf.
       num_factorizations: LU and QR factorisations of the product, int32 ``[...]``.
@@ -87,7 +88,7 @@ def singular_spectrum(product: FactoredProduct) -> SingularSpectrum:
         values, residual, sweeps = _all_values(product, wide)
     return SingularSpectrum(
         log_singular_values=values,
-        error_estimate=jnp.where(jnp.isneginf(values), 0, product.error_estimate),
+        error_estimate=products.estimate_of_lost(product.error_estimate, jnp.isneginf(values), product.log_abs_det),
         log_abs_det=product.log_abs_det,
         residual=residual,
         num_factorizations=product.num_factorizations,

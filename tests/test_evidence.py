@@ -71,6 +71,19 @@ def test_a_wrong_product_shows_in_its_residual():
     assert rnnjax.singular_spectrum(wrong).residual == pytest.approx(0.5, abs=1e-2)
 
 
+def test_rank_that_rounding_alone_has_lost_is_no_certain_loss():
+    """In float32, steps of condition 1e7 and more may leave a pivot of zero where no step is singular."""
+    product = rnnjax.factor_product(testing.chain_of_steps(jax.random.key(0), 100, 6, condition_number=100.0))
+    lost = product.replace(log_scales=product.log_scales.at[product.log_scales.argmin()].set(-np.inf))
+    assert np.isposinf(rnnjax.singular_spectrum(lost).error_estimate[-1])
+    known = lost.replace(log_abs_det=jnp.asarray(-np.inf, jnp.float32))
+    assert rnnjax.singular_spectrum(known).error_estimate[-1] == 0
+    chains = [testing.chain_of_steps(jax.random.key(seed), 100, 6, condition_number=3e7) for seed in range(6)]
+    product = rnnjax.factor_product(jnp.stack(chains, axis=1), dtype="float32")
+    seems_lost = np.isneginf(product.log_scales).any(axis=1) & np.isfinite(product.log_abs_det)
+    np.testing.assert_array_equal(np.isposinf(product.error_estimate).any(axis=1), seems_lost)
+
+
 def test_columns_are_factored_only_when_their_condition_asks_for_it():
     rotations = jnp.asarray(np.linalg.qr(np.random.default_rng(1).normal(size=(200, 5, 5)))[0], jnp.float32)
     tame = rnnjax.factor_product(rotations).num_factorizations
