@@ -46,7 +46,7 @@ def with_log_abs_dets(
     if isinstance(jacobians, LinearizedJacobians) or _is_one(jacobians) or not has_spare_core():
 
         def both(sequence: Jacobians) -> tuple[Any, Array]:
-            return function(sequence), log_abs_dets(sequence.astype(dtype), reverse=reverse)
+            return function(sequence), log_abs_dets(sequence, dtype, reverse=reverse)
 
         results, totals = over_sequences(both, jacobians)
         return results, jnp.moveaxis(totals, -1, 0)
@@ -59,12 +59,12 @@ def with_log_abs_dets(
     return results, jax.lax.scan(_plus, (zero, zero), logs[::-1] if reverse else logs)[1]
 
 
-def log_abs_dets(jacobians: Jacobians, *, reverse: bool = False) -> Array:
+def log_abs_dets(jacobians: Jacobians, dtype: DType, *, reverse: bool = False) -> Array:
     """Returns log|det J_i … J_1| in nats for every i of one sequence, ``[T]``; log|det J_T … J_i| if reverse."""
-    zero, indices = jnp.zeros((), jacobians.dtype), jnp.arange(jacobians.shape[0], dtype=jnp.int32)
+    zero, indices = jnp.zeros((), dtype), jnp.arange(jacobians.shape[0], dtype=jnp.int32)
 
     def step(total: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
-        return _plus(total, jacobians.at_step(index).log_abs_det())
+        return _plus(total, jacobians.at_step(index).astype(dtype).log_abs_det())
 
     return jax.lax.scan(step, (zero, zero), indices[::-1] if reverse else indices)[1]
 
