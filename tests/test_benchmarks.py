@@ -75,11 +75,11 @@ def test_impossible_settings_are_one_line_and_a_status(name, argument):
 
 
 def test_a_line_of_the_accuracy_table():
-    steps = accuracy.gaussian(np.random.default_rng(0), 3, 20)
+    steps = accuracy.gaussian(np.random.default_rng(0), 6, 80)
     line = accuracy.measured("Gaussian", steps)
     error, estimate = (float(word.strip("(≤)")) for word in line["float64"].replace("≤ ", "").split())
     assert 0 <= error <= estimate < 1e-9
-    assert (line["S"], line["T"]) == (3, 20)
+    assert (line["S"], line["T"]) == (6, 80)
     exact = testing.exact_log_singular_values(steps)
     assert line["log σ"] == f"{exact[0]:.0f} … {exact[-1]:.0f}"
     assert float(line["sum of log|R|"]) == pytest.approx(np.abs(accuracy.qr_sums(steps) - exact).max(), abs=0.05)
