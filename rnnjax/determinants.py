@@ -76,8 +76,8 @@ def _plus(total: tuple[Array, Array], term: Array) -> tuple[tuple[Array, Array],
 
 
 def _is_one(jacobians: Jacobians) -> bool:
-    """Whether there is a single sequence: XLA does not go through its parts on two threads."""
-    return math.prod(jacobians.shape[1:-2]) == 1
+    """Whether there is a single sequence, or none: XLA does not go through its parts on two threads."""
+    return math.prod(jacobians.shape[1:-2]) <= 1
 
 
 def _logs_of_all_steps(

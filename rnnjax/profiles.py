@@ -260,8 +260,7 @@ def _profile(jacobians: Jacobians, lags: Array, mask: Array, wide: DType) -> Spe
             steps, whole = _at(chain, steps, lag, mask)
             return steps, _spectrum(whole, own, finite)
 
-        _, results = jax.lax.scan(at_lag, chain.start(mask), lags)
-        return results
+        return jax.lax.scan(at_lag, chain.start(mask), lags)[1]
 
     results, log_abs_dets = with_log_abs_dets(single, jacobians, wide, reverse=True)
     num_axes = len(jacobians.shape) - 3
